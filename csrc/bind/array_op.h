@@ -1,0 +1,81 @@
+// Turns a host function of csrc/ops/ into a plain Python function over arrays: anything with the buffer protocol
+// (NumPy, array, memoryview) or with DLPack (torch, JAX, CuPy). No torch in the call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "ops/ops.h"
+
+namespace synergen::bind {
+
+namespace py = pybind11;
+
+// A view of a Python array; its memory lives as long as the view.
+Tensor view_of(const char* op, const char* name, const py::object& array, bool writable);
+
+// Outputs come from `out` (an array, or a tuple of them in order) or are fresh NumPy arrays.
+class ArrayCall : public Call {
+ public:
+  ArrayCall(const char* op, const Tensor& first, py::object out, int64_t stream);
+  Tensor empty(const char* name, const Sizes& sizes, DType dtype) override;
+  py::object result() const;  // what the caller gets: one array or a tuple
+
+ private:
+  const char* op_;
+  std::vector<py::object> given_;
+  std::vector<py::object> made_;
+};
+
+template <class T>
+struct ToArray {
+  using type = T;
+  static const T& in(const char*, const char*, const T& x) { return x; }
+};
+template <>
+struct ToArray<Tensor> {
+  using type = py::object;
+  static Tensor in(const char* op, const char* name, const py::object& x) { return view_of(op, name, x, false); }
+};
+template <>
+struct ToArray<std::optional<Tensor>> {
+  using type = py::object;
+  static std::optional<Tensor> in(const char* op, const char* name, const py::object& x) {
+    return x.is_none() ? std::nullopt : std::optional<Tensor>(view_of(op, name, x, false));
+  }
+};
+
+template <class F>
+struct ArrayOp;
+
+template <class R, class First, class... Rest>
+struct ArrayOp<R(Call&, First, Rest...)> {
+  template <class T>
+  using As = ToArray<std::remove_cvref_t<T>>;
+
+  // args: one py::arg per parameter of the host function after Call.
+  template <class... Args>
+  static void define(py::module_& m, const char* op, R (*fn)(Call&, First, Rest...), const Args&... args) {
+    static_assert(sizeof...(Args) == 1 + sizeof...(Rest), "one py::arg per parameter");
+    const std::vector<const char*> names = {args.name...};
+    m.def(
+        op,
+        [op, fn, names](const py::object& first, const typename As<Rest>::type&... rest, py::object out,
+                        int64_t stream) {
+          size_t i = 1;
+          const Tensor view = view_of(op, names[0], first, false);
+          std::tuple<std::remove_cvref_t<Rest>...> views{As<Rest>::in(op, names[i++], rest)...};
+          ArrayCall call(op, view, std::move(out), stream);
+          {
+            py::gil_scoped_release release;
+            std::apply([&](const auto&... each) { fn(call, view, each...); }, views);
+          }
+          return call.result();
+        },
+        args..., py::kw_only(), py::arg("out") = py::none(), py::arg("stream") = 0);
+  }
+};
+
+}  // namespace synergen::bind
+
+#define SYNERGEN_ARRAY_OP(m, fn, ...) \
+  synergen::bind::ArrayOp<decltype(fn)>::define(m, #fn, &fn, __VA_ARGS__)

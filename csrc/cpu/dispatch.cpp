@@ -1,0 +1,79 @@
+// cpu::<kernel>: the best instruction set that was compiled, that this CPU has and that SYNERGEN_ISA allows.
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace synergen::cpu {
+namespace {
+
+bool has(Isa isa) {
+  switch (isa) {
+    case Isa::kBaseline: return true;
+#if defined(SYNERGEN_HAS_AVX2)
+    // The compiler's run-time check asks the operating system too (XCR0), not only CPUID.
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    default: return false;
+  }
+}
+
+Isa choose() {
+  const char* wanted = std::getenv("SYNERGEN_ISA");
+  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline}) {
+    if (wanted && *wanted ? name_of(isa) == std::string(wanted) && has(isa) : has(isa)) return isa;
+  }
+  std::string list;
+  for (const std::string& name : available_isas()) list += (list.empty() ? "" : ", ") + name;
+  throw std::runtime_error("SYNERGEN_ISA must be one of " + list + " on this CPU, got " + wanted);
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+}
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names = {"baseline"};
+#if defined(SYNERGEN_HAS_AVX2)
+  names.insert(names.end(), {"avx2", "avx512"});
+#endif
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (has(isa)) names.push_back(name_of(isa));
+  }
+  return names;
+}
+
+// Read once: a process keeps one instruction set, so that its results do not change under it.
+Isa current_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+#if defined(SYNERGEN_HAS_AVX2)
+#define SYNERGEN_DEFINE(name, Params)                    \
+  void name(const Params& p) {                           \
+    switch (current_isa()) {                             \
+      case Isa::kAvx512: return avx512::name(p);         \
+      case Isa::kAvx2: return avx2::name(p);             \
+      case Isa::kBaseline: return baseline::name(p);     \
+    }                                                    \
+  }
+#else
+#define SYNERGEN_DEFINE(name, Params) \
+  void name(const Params& p) { return baseline::name(p); }
+#endif
+SYNERGEN_CPU_KERNELS(SYNERGEN_DEFINE)
+
+}  // namespace synergen::cpu

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace synergen::cpu {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+const char* name_of(Isa isa);
+std::vector<std::string> compiled_isas();   // in this binary
+std::vector<std::string> available_isas();  // in this binary and on this CPU
+Isa current_isa();                          // the one that kernels use; SYNERGEN_ISA overrides
+
+}  // namespace synergen::cpu

@@ -1,0 +1,14 @@
+"""The ops of the model as differentiable torch functions.
+
+Each goes to the compiled kernel (``synergen::<op>``), or to its slow twin in `reference` when that backend is chosen:
+
+    >>> from synergen_ext import ops
+    >>> with ops.backend("reference"):
+    ...     y = ops.rms_norm(x, weight)
+"""
+
+from . import reference
+from ._backend import backend, current_backend, set_backend
+from .rms_norm import rms_norm
+
+__all__ = ["backend", "current_backend", "reference", "rms_norm", "set_backend"]
