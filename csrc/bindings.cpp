@@ -4,22 +4,57 @@
 #include "bind/array_op.h"
 #include "bind/torch_op.h"
 #include "cpu/dispatch.h"
+#include "cuda/device.h"
 
 using namespace synergen;
 namespace py = pybind11;
 using py::arg;
 
+#ifdef SYNERGEN_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
 STABLE_TORCH_LIBRARY(synergen, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps=1e-5) -> Tensor");
+  m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "rope(Tensor q, Tensor k, Tensor positions, float theta=1e6, bool inverse=False) -> (Tensor, Tensor)");
+  m.def("fold_tokens(Tensor ids, Tensor table, Tensor pos, int m, int n) -> Tensor");
+  m.def(
+      "fold_tokens_backward(Tensor dy, Tensor ids, SymInt vocab, int m, int n) -> (Tensor, Tensor)");
+  m.def("fold_ids(Tensor ids, int m, int n) -> Tensor");
+  m.def("unfold_ids(Tensor ids, SymInt h, SymInt w, int m, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("rms_norm", SYNERGEN_TORCH_OP(rms_norm));
+  m.impl("rms_norm_backward", SYNERGEN_TORCH_OP(rms_norm_backward));
+  m.impl("rope", SYNERGEN_TORCH_OP(rope));
+  m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
+  m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
+  m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
+  m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
+}
+
+// Ops without a CUDA kernel run their reference on CUDA tensors: synergen_ext/ops/_backend.py registers it.
+STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
+  m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
+  m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
+  m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
 }
 
 PYBIND11_MODULE(_C, m) {
   py::module_ kernels = m.def_submodule("kernels");
   SYNERGEN_ARRAY_OP(kernels, rms_norm, arg("x"), arg("weight"), arg("eps") = 1e-5);
+  SYNERGEN_ARRAY_OP(kernels, rms_norm_backward, arg("dy"), arg("x"), arg("weight"), arg("eps") = 1e-5);
+  SYNERGEN_ARRAY_OP(kernels, rope, arg("q"), arg("k"), arg("positions"), arg("theta") = 1e6,
+                    arg("inverse") = false);
+  SYNERGEN_ARRAY_OP(kernels, fold_tokens, arg("ids"), arg("table"), arg("pos"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, fold_tokens_backward, arg("dy"), arg("ids"), arg("vocab"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, fold_ids, arg("ids"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, unfold_ids, arg("ids"), arg("h"), arg("w"), arg("m"), arg("n"));
 
   m.def("build_info", [] {
     py::dict info;
@@ -28,14 +63,25 @@ PYBIND11_MODULE(_C, m) {
     info["torch_built"] = SYNERGEN_TORCH_BUILT;
     info["torch_target"] = SYNERGEN_TORCH_TARGET;
     info["cpu_isas"] = cpu::compiled_isas();
-#ifdef SYNERGEN_WITH_CUDA
-    info["cuda"] = true;
-#else
-    info["cuda"] = false;
-#endif
+    info["cuda"] = kWithCuda;
     info["nvcc"] = SYNERGEN_NVCC;
     info["cuda_archs"] = SYNERGEN_ARCHS;
     return info;
+  });
+  m.def("cuda_devices", [] {
+#ifdef SYNERGEN_WITH_CUDA
+    return cuda::device_names();
+#else
+    return std::vector<std::string>();
+#endif
+  });
+  m.def("cuda_kernels", [] {
+    std::vector<std::string> names;
+#define SYNERGEN_NAME(name, Params) \
+  if (kWithCuda) names.push_back(#name);
+    SYNERGEN_CUDA_KERNELS(SYNERGEN_NAME)
+#undef SYNERGEN_NAME
+    return names;
   });
   m.def("available_isas", &cpu::available_isas);
   m.def("current_isa", [] { return cpu::name_of(cpu::current_isa()); });

@@ -23,9 +23,72 @@ struct RmsNormParams {
   void* y;  // [rows, dim], contiguous
 };
 
-#define SYNERGEN_CPU_KERNELS(X) X(rms_norm, RmsNormParams)
+struct RmsNormBackwardParams : RmsNormParams {
+  const void* dy;  // [rows, dim], dtype of x
+  Rows dy_rows;
+  int64_t dy_stride;
+  void* dx;       // [rows, dim], contiguous
+  void* dweight;  // [dim], contiguous, weight_dtype
+};
 
-#define SYNERGEN_CUDA_KERNELS(X)
+// Rotates the halves of each head by position * theta^(-2 i / dim), i < dim / 2: element i goes with i + dim / 2.
+struct RopeParams {
+  DType dtype;
+  int64_t tokens, dim;
+  double theta;
+  bool inverse;              // rotate back: the transpose, which is also the gradient
+  const int64_t* positions;  // [tokens]
+  Rows position_rows;
+  struct Part {
+    int64_t heads;
+    const void* x;  // [tokens, heads, dim]
+    Rows rows;
+    int64_t head_stride, stride;
+    void* y;  // [tokens, heads, dim], contiguous
+  } parts[2];  // queries, keys
+};
+
+// y[b, i, (r * n + c) * d + e] = table[ids[b, row, col], e] + pos[row, col, e] with row = i / (w / n) * m + r and
+// col = i % (w / n) * n + c: windows in raster order, row-major inside.
+struct FoldTokensParams {
+  DType dtype;
+  int64_t batch, h, w, m, n, dim, vocab;
+  const int64_t* ids;  // [batch, h, w]
+  int64_t ids_strides[3];
+  const void* table;  // [vocab, dim]
+  int64_t table_strides[2];
+  const void* pos;  // [h, w, dim]
+  int64_t pos_strides[3];
+  void* y;  // [batch, (h / m) * (w / n), m * n * dim], contiguous
+};
+
+struct FoldTokensBackwardParams : FoldTokensParams {
+  const void* dy;  // [batch, (h / m) * (w / n), m * n * dim]
+  int64_t dy_strides[3];
+  void* dtable;  // [vocab, dim], contiguous
+  void* dpos;    // [h, w, dim], contiguous
+};
+
+// The same re-ordering for the ids alone, between the raster [batch, h, w] and windows [batch, windows, m * n].
+struct FoldIdsParams {
+  int64_t batch, h, w, m, n;
+  const int64_t* ids;
+  int64_t strides[3];
+  int64_t* y;  // contiguous
+  bool unfold;  // windows to raster
+};
+
+#define SYNERGEN_CPU_KERNELS(X)              \
+  X(rms_norm, RmsNormParams)                 \
+  X(rms_norm_backward, RmsNormBackwardParams) \
+  X(rope, RopeParams)                        \
+  X(fold_tokens, FoldTokensParams)           \
+  X(fold_tokens_backward, FoldTokensBackwardParams) \
+  X(fold_ids, FoldIdsParams)
+
+#define SYNERGEN_CUDA_KERNELS(X)   \
+  X(fold_tokens, FoldTokensParams) \
+  X(fold_ids, FoldIdsParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512 hold the same sources.
 namespace cpu {

@@ -15,6 +15,20 @@ from ._build import load
 
 _kernels = load().kernels
 
+fold_ids = _kernels.fold_ids
+fold_tokens = _kernels.fold_tokens
+fold_tokens_backward = _kernels.fold_tokens_backward
 rms_norm = _kernels.rms_norm
+rms_norm_backward = _kernels.rms_norm_backward
+rope = _kernels.rope
+unfold_ids = _kernels.unfold_ids
 
-__all__ = ["rms_norm"]
+__all__ = [
+    "fold_ids",
+    "fold_tokens",
+    "fold_tokens_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "unfold_ids",
+]

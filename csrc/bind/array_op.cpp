@@ -85,13 +85,17 @@ DType dtype_of(const char* op, const char* name, const dlpack::DataType& t) {
          static_cast<int>(t.code), " of ", static_cast<int>(t.bits), " bits, ", t.lanes, " lanes");
 }
 
-Tensor view_of_dlpack(const char* op, const char* name, const py::object& array, bool writable) {
+Tensor view_of_dlpack(const char* op, const char* name, const py::object& array, int64_t stream, bool writable) {
+  py::dict options;
+  const auto [type, id] = array.attr("__dlpack_device__")().cast<std::pair<int64_t, int64_t>>();
+  // A CUDA producer makes its work visible to this stream; DLPack calls the default stream 1.
+  if (type == dlpack::kCuda) options["stream"] = stream ? stream : 1;
   py::object capsule;
   try {
-    capsule = array.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+    capsule = array.attr("__dlpack__")(**options, py::arg("max_version") = py::make_tuple(1, 0));
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;  // a producer from before DLPack 1.0 knows no max_version
-    capsule = array.attr("__dlpack__")();
+    capsule = array.attr("__dlpack__")(**options);
   }
   Tensor view;
   const dlpack::Array* from = nullptr;
@@ -134,12 +138,12 @@ Tensor view_of_dlpack(const char* op, const char* name, const py::object& array,
 
 }  // namespace
 
-Tensor view_of(const char* op, const char* name, const py::object& array, bool writable) {
+Tensor view_of(const char* op, const char* name, const py::object& array, int64_t stream, bool writable) {
   Tensor view;
   if (PyObject_CheckBuffer(array.ptr())) {
     view = view_of_buffer(op, name, array, writable);
   } else if (py::hasattr(array, "__dlpack__")) {
-    view = view_of_dlpack(op, name, array, writable);
+    view = view_of_dlpack(op, name, array, stream, writable);
   } else {
     refuse(op, ": ", name, " must be an array with the buffer protocol or __dlpack__, got ",
            std::string(py::str(py::type::of(array).attr("__name__"))));
@@ -151,6 +155,9 @@ Tensor view_of(const char* op, const char* name, const py::object& array, bool w
 ArrayCall::ArrayCall(const char* op, const Tensor& first, py::object out, int64_t stream_handle) : op_(op) {
   device = first.device;
   stream = reinterpret_cast<void*>(stream_handle);
+#ifdef SYNERGEN_WITH_CUDA
+  if (device.cuda) scope_.emplace(op, device.index);
+#endif
   if (py::isinstance<py::tuple>(out) || py::isinstance<py::list>(out)) {
     for (py::handle each : out) given_.push_back(py::reinterpret_borrow<py::object>(each));
   } else if (!out.is_none()) {
@@ -164,7 +171,7 @@ Tensor ArrayCall::empty(const char* name, const Sizes& sizes, DType dtype) {
   if (!given_.empty()) {
     if (made_.size() == given_.size()) refuse(op_, ": out must hold one array per result, got ", given_.size());
     const py::object& array = given_[made_.size()];
-    Tensor view = view_of(op_, "out", array, true);
+    Tensor view = view_of(op_, "out", array, reinterpret_cast<int64_t>(stream), true);
     if (view.dtype != dtype) refuse(op_, ": out for ", name, " must be ", name_of(dtype), ", got ", name_of(view.dtype));
     check_shape(op_, (std::string("out for ") + name).c_str(), view, name, sizes);
     check_same_device(op_, "out", view, *this);

@@ -4,14 +4,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cuda/device.h"
 #include "ops/ops.h"
 
 namespace synergen::bind {
 
 namespace py = pybind11;
 
-// A view of a Python array; its memory lives as long as the view.
-Tensor view_of(const char* op, const char* name, const py::object& array, bool writable);
+// A view of a Python array; its memory lives as long as the view. `stream` is where a CUDA array will be used.
+Tensor view_of(const char* op, const char* name, const py::object& array, int64_t stream, bool writable = false);
 
 // Outputs come from `out` (an array, or a tuple of them in order) or are fresh NumPy arrays.
 class ArrayCall : public Call {
@@ -24,23 +25,28 @@ class ArrayCall : public Call {
   const char* op_;
   std::vector<py::object> given_;
   std::vector<py::object> made_;
+#ifdef SYNERGEN_WITH_CUDA
+  std::optional<cuda::DeviceScope> scope_;
+#endif
 };
 
 template <class T>
 struct ToArray {
   using type = T;
-  static const T& in(const char*, const char*, const T& x) { return x; }
+  static const T& in(const char*, const char*, const T& x, int64_t) { return x; }
 };
 template <>
 struct ToArray<Tensor> {
   using type = py::object;
-  static Tensor in(const char* op, const char* name, const py::object& x) { return view_of(op, name, x, false); }
+  static Tensor in(const char* op, const char* name, const py::object& x, int64_t stream) {
+    return view_of(op, name, x, stream);
+  }
 };
 template <>
 struct ToArray<std::optional<Tensor>> {
   using type = py::object;
-  static std::optional<Tensor> in(const char* op, const char* name, const py::object& x) {
-    return x.is_none() ? std::nullopt : std::optional<Tensor>(view_of(op, name, x, false));
+  static std::optional<Tensor> in(const char* op, const char* name, const py::object& x, int64_t stream) {
+    return x.is_none() ? std::nullopt : std::optional<Tensor>(view_of(op, name, x, stream));
   }
 };
 
@@ -62,8 +68,8 @@ struct ArrayOp<R(Call&, First, Rest...)> {
         [op, fn, names](const py::object& first, const typename As<Rest>::type&... rest, py::object out,
                         int64_t stream) {
           size_t i = 1;
-          const Tensor view = view_of(op, names[0], first, false);
-          std::tuple<std::remove_cvref_t<Rest>...> views{As<Rest>::in(op, names[i++], rest)...};
+          const Tensor view = view_of(op, names[0], first, stream);
+          std::tuple<std::remove_cvref_t<Rest>...> views{As<Rest>::in(op, names[i++], rest, stream)...};
           ArrayCall call(op, view, std::move(out), stream);
           {
             py::gil_scoped_release release;

@@ -325,4 +325,29 @@ inline void load_row(DType dtype, const void* p, int64_t stride, int64_t n, A* o
   }
 }
 
+// p[i] = in[i], rounded to the storage type.
+template <class A, class T>
+inline void store_row(const A* in, int64_t n, T* p) {
+  if constexpr (std::is_same_v<A, float> || std::is_same_v<T, A>) {
+    using V = std::conditional_t<std::is_same_v<A, double>, VecD, VecF>;
+    int64_t i = 0;
+    for (; i + V::N <= n; i += V::N) V::load(in + i).store(p + i);
+    if (i < n) store_part(load_part<V>(in + i, n - i), p + i, n - i);
+  } else {
+    for (int64_t i = 0; i < n; ++i) from_float(static_cast<float>(in[i]), p[i]);
+  }
+}
+template <class A>
+inline void store_row(const A* in, int64_t n, DType dtype, void* p) {
+  switch (dtype) {
+    case DType::kFloat64:
+      if constexpr (std::is_same_v<A, double>) store_row(in, n, static_cast<double*>(p));
+      return;
+    case DType::kFloat32: return store_row(in, n, static_cast<float*>(p));
+    case DType::kBFloat16: return store_row(in, n, static_cast<bf16*>(p));
+    case DType::kFloat16: return store_row(in, n, static_cast<f16*>(p));
+    default: return;
+  }
+}
+
 }  // namespace synergen::cpu::SYNERGEN_ISA

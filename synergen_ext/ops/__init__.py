@@ -9,6 +9,18 @@ Each goes to the compiled kernel (``synergen::<op>``), or to its slow twin in `r
 
 from . import reference
 from ._backend import backend, current_backend, set_backend
+from .fold_tokens import fold_ids, fold_tokens, unfold_ids
 from .rms_norm import rms_norm
+from .rope import rope
 
-__all__ = ["backend", "current_backend", "reference", "rms_norm", "set_backend"]
+__all__ = [
+    "backend",
+    "current_backend",
+    "fold_ids",
+    "fold_tokens",
+    "reference",
+    "rms_norm",
+    "rope",
+    "set_backend",
+    "unfold_ids",
+]

@@ -1,11 +1,14 @@
 """Which implementation the public functions call: the compiled kernels or the plain PyTorch reference."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 from .._build import load
 
-load()  # registers torch.ops.synergen
+_C = load()  # registers torch.ops.synergen
 
 BACKENDS = ("native", "reference")
 _current = "native"
@@ -20,6 +23,7 @@ def set_backend(name: str) -> None:
 
 
 def current_backend() -> str:
+    """The implementation that the public functions call now: "native" or "reference"."""
     return _current
 
 
@@ -36,3 +40,20 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         set_backend(before)
+
+
+def reference_on_cuda(op: str, function: Callable[..., Any]) -> None:
+    """Run `function` for CUDA tensors of an op that has no CUDA kernel; `synergen doctor` lists these ops."""
+    torch.library.impl(f"synergen::{op}", "CUDA")(function)
+
+
+def no_second_derivative(op: str) -> None:
+    """Refuse to differentiate a backward op, in one line, where torch would give wrong zeros or a warning."""
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(
+            f"{op}: second derivatives are not implemented; compute them under"
+            " synergen_ext.ops.backend('reference')"
+        )
+
+    torch.library.register_autograd(f"synergen::{op}_backward", refuse)

@@ -1,10 +1,12 @@
 """Root-mean-square normalisation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import use_native
+from ._backend import no_second_derivative, reference_on_cuda, use_native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -29,3 +31,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 @torch.library.register_fake("synergen::rms_norm")
 def _fake(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("synergen::rms_norm_backward")
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    dx, dweight = torch.ops.synergen.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps)
+    return dx, dweight, None
+
+
+torch.library.register_autograd("synergen::rms_norm", _backward, setup_context=_setup)
+no_second_derivative("rms_norm")
+reference_on_cuda("rms_norm", reference.rms_norm)
+reference_on_cuda("rms_norm_backward", reference.rms_norm_backward)

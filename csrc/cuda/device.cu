@@ -1,0 +1,29 @@
+#include "cuda/device.h"
+
+#include "cuda/launch.cuh"
+
+namespace synergen::cuda {
+
+DeviceScope::DeviceScope(const char* op, int index) {
+  check(cudaGetDevice(&before_), op);
+  check(cudaSetDevice(index), op);
+}
+
+DeviceScope::~DeviceScope() { cudaSetDevice(before_); }
+
+std::vector<std::string> device_names() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();  // no driver or no GPU is an answer here, not an error to leave behind
+    return {};
+  }
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp prop;
+    check(cudaGetDeviceProperties(&prop, i), "device_names");
+    names.push_back(std::string(prop.name) + ", sm_" + std::to_string(prop.major) + std::to_string(prop.minor));
+  }
+  return names;
+}
+
+}  // namespace synergen::cuda
