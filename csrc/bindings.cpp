@@ -1,4 +1,5 @@
-// The module synergen_ext._C: torch ops (schema and registration), the same kernels over plain arrays, build facts.
+// The module synergen_ext._C: torch ops (schema and registration), the same kernels over plain
+// arrays, build facts.
 #include <pybind11/stl.h>
 
 #include "bind/array_op.h"
@@ -20,10 +21,12 @@ STABLE_TORCH_LIBRARY(synergen, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps=1e-5) -> Tensor");
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def(
-      "rope(Tensor q, Tensor k, Tensor positions, float theta=1e6, bool inverse=False) -> (Tensor, Tensor)");
+      "rope(Tensor q, Tensor k, Tensor positions, float theta=1e6, bool inverse=False) -> (Tensor, "
+      "Tensor)");
   m.def("fold_tokens(Tensor ids, Tensor table, Tensor pos, int m, int n) -> Tensor");
   m.def(
-      "fold_tokens_backward(Tensor dy, Tensor ids, SymInt vocab, int m, int n) -> (Tensor, Tensor)");
+      "fold_tokens_backward(Tensor dy, Tensor ids, SymInt vocab, int m, int n) -> (Tensor, "
+      "Tensor)");
   m.def("fold_ids(Tensor ids, int m, int n) -> Tensor");
   m.def("unfold_ids(Tensor ids, SymInt h, SymInt w, int m, int n) -> Tensor");
 }
@@ -38,7 +41,8 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
 }
 
-// Ops without a CUDA kernel run their reference on CUDA tensors: synergen_ext/ops/_backend.py registers it.
+// Ops without a CUDA kernel run their reference on CUDA tensors: synergen_ext/ops/_backend.py
+// registers it.
 STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
   m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
@@ -48,11 +52,13 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
 PYBIND11_MODULE(_C, m) {
   py::module_ kernels = m.def_submodule("kernels");
   SYNERGEN_ARRAY_OP(kernels, rms_norm, arg("x"), arg("weight"), arg("eps") = 1e-5);
-  SYNERGEN_ARRAY_OP(kernels, rms_norm_backward, arg("dy"), arg("x"), arg("weight"), arg("eps") = 1e-5);
+  SYNERGEN_ARRAY_OP(kernels, rms_norm_backward, arg("dy"), arg("x"), arg("weight"),
+                    arg("eps") = 1e-5);
   SYNERGEN_ARRAY_OP(kernels, rope, arg("q"), arg("k"), arg("positions"), arg("theta") = 1e6,
                     arg("inverse") = false);
   SYNERGEN_ARRAY_OP(kernels, fold_tokens, arg("ids"), arg("table"), arg("pos"), arg("m"), arg("n"));
-  SYNERGEN_ARRAY_OP(kernels, fold_tokens_backward, arg("dy"), arg("ids"), arg("vocab"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, fold_tokens_backward, arg("dy"), arg("ids"), arg("vocab"), arg("m"),
+                    arg("n"));
   SYNERGEN_ARRAY_OP(kernels, fold_ids, arg("ids"), arg("m"), arg("n"));
   SYNERGEN_ARRAY_OP(kernels, unfold_ids, arg("ids"), arg("h"), arg("w"), arg("m"), arg("n"));
 

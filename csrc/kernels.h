@@ -1,8 +1,8 @@
-// One params struct per kernel and its launchers: the only prototypes. Strides are in elements, sizes and offsets
-// 64-bit. Launchers trust their params: csrc/ops/ has checked them.
+// One params struct per kernel and its launchers: the only prototypes. Strides are in elements,
+// sizes and offsets 64-bit. Launchers trust their params: csrc/ops/ has checked them.
 //
-// To add a kernel: a struct here, a line in SYNERGEN_CPU_KERNELS, csrc/cpu/<op>.cpp with a function of that name.
-// With CUDA: a line in SYNERGEN_CUDA_KERNELS and csrc/cuda/<op>.cu too.
+// To add a kernel: a struct here, a line in SYNERGEN_CPU_KERNELS, csrc/cpu/<op>.cpp with a function
+// of that name. With CUDA: a line in SYNERGEN_CUDA_KERNELS and csrc/cuda/<op>.cu too.
 #pragma once
 
 #include "common/types.h"
@@ -17,7 +17,7 @@ struct RmsNormParams {
   double eps;
   const void* x;  // [rows, dim]
   Rows x_rows;
-  int64_t x_stride;  // between elements of a row
+  int64_t x_stride;    // between elements of a row
   const void* weight;  // [dim]
   int64_t weight_stride;
   void* y;  // [rows, dim], contiguous
@@ -31,7 +31,8 @@ struct RmsNormBackwardParams : RmsNormParams {
   void* dweight;  // [dim], contiguous, weight_dtype
 };
 
-// Rotates the halves of each head by position * theta^(-2 i / dim), i < dim / 2: element i goes with i + dim / 2.
+// Rotates the halves of each head by position * theta^(-2 i / dim), i < dim / 2: element i goes
+// with i + dim / 2.
 struct RopeParams {
   DType dtype;
   int64_t tokens, dim;
@@ -44,12 +45,12 @@ struct RopeParams {
     const void* x;  // [tokens, heads, dim]
     Rows rows;
     int64_t head_stride, stride;
-    void* y;  // [tokens, heads, dim], contiguous
+    void* y;   // [tokens, heads, dim], contiguous
   } parts[2];  // queries, keys
 };
 
-// y[b, i, (r * n + c) * d + e] = table[ids[b, row, col], e] + pos[row, col, e] with row = i / (w / n) * m + r and
-// col = i % (w / n) * n + c: windows in raster order, row-major inside.
+// y[b, i, (r * n + c) * d + e] = table[ids[b, row, col], e] + pos[row, col, e] with row = i / (w /
+// n) * m + r and col = i % (w / n) * n + c: windows in raster order, row-major inside.
 struct FoldTokensParams {
   DType dtype;
   int64_t batch, h, w, m, n, dim, vocab;
@@ -69,20 +70,21 @@ struct FoldTokensBackwardParams : FoldTokensParams {
   void* dpos;    // [h, w, dim], contiguous
 };
 
-// The same re-ordering for the ids alone, between the raster [batch, h, w] and windows [batch, windows, m * n].
+// The same re-ordering for the ids alone, between the raster [batch, h, w] and windows [batch,
+// windows, m * n].
 struct FoldIdsParams {
   int64_t batch, h, w, m, n;
   const int64_t* ids;
   int64_t strides[3];
-  int64_t* y;  // contiguous
+  int64_t* y;   // contiguous
   bool unfold;  // windows to raster
 };
 
-#define SYNERGEN_CPU_KERNELS(X)              \
-  X(rms_norm, RmsNormParams)                 \
-  X(rms_norm_backward, RmsNormBackwardParams) \
-  X(rope, RopeParams)                        \
-  X(fold_tokens, FoldTokensParams)           \
+#define SYNERGEN_CPU_KERNELS(X)                     \
+  X(rms_norm, RmsNormParams)                        \
+  X(rms_norm_backward, RmsNormBackwardParams)       \
+  X(rope, RopeParams)                               \
+  X(fold_tokens, FoldTokensParams)                  \
   X(fold_tokens_backward, FoldTokensBackwardParams) \
   X(fold_ids, FoldIdsParams)
 
@@ -90,7 +92,8 @@ struct FoldIdsParams {
   X(fold_tokens, FoldTokensParams) \
   X(fold_ids, FoldIdsParams)
 
-// cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512 hold the same sources.
+// cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
+// hold the same sources.
 namespace cpu {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p);
 SYNERGEN_CPU_KERNELS(SYNERGEN_DECLARE)

@@ -31,13 +31,19 @@ std::optional<DType> dtype_of_format(const char* format, int64_t itemsize) {
   if (*format == '@' || *format == '=' || *format == '<') ++format;
   if (format[0] == 0 || format[1] != 0) return std::nullopt;
   switch (format[0]) {
-    case 'd': return DType::kFloat64;
-    case 'f': return DType::kFloat32;
-    case 'e': return DType::kFloat16;
-    case '?': return DType::kBool;
+    case 'd':
+      return DType::kFloat64;
+    case 'f':
+      return DType::kFloat32;
+    case 'e':
+      return DType::kFloat16;
+    case '?':
+      return DType::kBool;
     case 'l':
-    case 'q': return itemsize == 8 ? std::optional(DType::kInt64) : std::nullopt;
-    default: return std::nullopt;
+    case 'q':
+      return itemsize == 8 ? std::optional(DType::kInt64) : std::nullopt;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -56,7 +62,8 @@ Tensor view_of_buffer(const char* op, const char* name, const py::object& array,
   });
   const auto dtype = dtype_of_format(buffer->format, buffer->itemsize);
   if (!dtype) {
-    refuse(op, ": ", name, " must be float64, float32, float16, int64 or bool in native byte order, got format '",
+    refuse(op, ": ", name,
+           " must be float64, float32, float16, int64 or bool in native byte order, got format '",
            buffer->format ? buffer->format : "", "'");
   }
   view.dtype = *dtype;
@@ -64,8 +71,8 @@ Tensor view_of_buffer(const char* op, const char* name, const py::object& array,
   for (int d = 0; d < buffer->ndim; ++d) {
     view.sizes.push_back(buffer->shape[d]);
     if (buffer->strides[d] % buffer->itemsize) {
-      refuse(op, ": ", name, " must have strides that are whole elements, got ", buffer->strides[d], " bytes for ",
-             buffer->itemsize, "-byte elements");
+      refuse(op, ": ", name, " must have strides that are whole elements, got ", buffer->strides[d],
+             " bytes for ", buffer->itemsize, "-byte elements");
     }
     view.strides.push_back(buffer->strides[d] / buffer->itemsize);
   }
@@ -81,11 +88,13 @@ DType dtype_of(const char* op, const char* name, const dlpack::DataType& t) {
     if (t.code == dlpack::kInt && t.bits == 64) return DType::kInt64;
     if (t.code == dlpack::kBool && t.bits == 8) return DType::kBool;
   }
-  refuse(op, ": ", name, " must be float64, float32, bfloat16, float16, int64 or bool, got DLPack type code ",
+  refuse(op, ": ", name,
+         " must be float64, float32, bfloat16, float16, int64 or bool, got DLPack type code ",
          static_cast<int>(t.code), " of ", static_cast<int>(t.bits), " bits, ", t.lanes, " lanes");
 }
 
-Tensor view_of_dlpack(const char* op, const char* name, const py::object& array, int64_t stream, bool writable) {
+Tensor view_of_dlpack(const char* op, const char* name, const py::object& array, int64_t stream,
+                      bool writable) {
   py::dict options;
   const auto [type, id] = array.attr("__dlpack_device__")().cast<std::pair<int64_t, int64_t>>();
   // A CUDA producer makes its work visible to this stream; DLPack calls the default stream 1.
@@ -94,19 +103,23 @@ Tensor view_of_dlpack(const char* op, const char* name, const py::object& array,
   try {
     capsule = array.attr("__dlpack__")(**options, py::arg("max_version") = py::make_tuple(1, 0));
   } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) throw;  // a producer from before DLPack 1.0 knows no max_version
+    if (!error.matches(PyExc_TypeError))
+      throw;  // a producer from before DLPack 1.0 knows no max_version
     capsule = array.attr("__dlpack__")(**options);
   }
   Tensor view;
   const dlpack::Array* from = nullptr;
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
-    auto* managed = static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
-    if (managed->major != 1) refuse(op, ": ", name, " must speak DLPack 1.x, got ", managed->major, ".", managed->minor);
+    auto* managed = static_cast<dlpack::ManagedVersioned*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    if (managed->major != 1)
+      refuse(op, ": ", name, " must speak DLPack 1.x, got ", managed->major, ".", managed->minor);
     PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
     view.owner = own(managed, [](dlpack::ManagedVersioned* m) {
       if (m->deleter) m->deleter(m);
     });
-    if (writable && (managed->flags & dlpack::kReadOnly)) refuse(op, ": ", name, " must be writable");
+    if (writable && (managed->flags & dlpack::kReadOnly))
+      refuse(op, ": ", name, " must be writable");
     from = &managed->array;
   } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
     auto* managed = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
@@ -122,10 +135,15 @@ Tensor view_of_dlpack(const char* op, const char* name, const py::object& array,
   view.data = static_cast<char*>(from->data) + from->byte_offset;
   switch (from->device.type) {
     case dlpack::kCpu:
-    case dlpack::kCudaHost: break;
+    case dlpack::kCudaHost:
+      break;
     case dlpack::kCuda:
-    case dlpack::kCudaManaged: view.device = {true, from->device.id}; break;
-    default: refuse(op, ": ", name, " must be on a CPU or a CUDA device, got DLPack device type ", from->device.type);
+    case dlpack::kCudaManaged:
+      view.device = {true, from->device.id};
+      break;
+    default:
+      refuse(op, ": ", name, " must be on a CPU or a CUDA device, got DLPack device type ",
+             from->device.type);
   }
   view.sizes.assign(from->shape, from->shape + from->ndim);
   if (from->strides) {
@@ -138,7 +156,8 @@ Tensor view_of_dlpack(const char* op, const char* name, const py::object& array,
 
 }  // namespace
 
-Tensor view_of(const char* op, const char* name, const py::object& array, int64_t stream, bool writable) {
+Tensor view_of(const char* op, const char* name, const py::object& array, int64_t stream,
+               bool writable) {
   Tensor view;
   if (PyObject_CheckBuffer(array.ptr())) {
     view = view_of_buffer(op, name, array, writable);
@@ -148,11 +167,13 @@ Tensor view_of(const char* op, const char* name, const py::object& array, int64_
     refuse(op, ": ", name, " must be an array with the buffer protocol or __dlpack__, got ",
            std::string(py::str(py::type::of(array).attr("__name__"))));
   }
-  if (view.dim() > kMaxDims) refuse(op, ": ", name, " may have at most ", kMaxDims, " dimensions, got ", view.dim());
+  if (view.dim() > kMaxDims)
+    refuse(op, ": ", name, " may have at most ", kMaxDims, " dimensions, got ", view.dim());
   return view;
 }
 
-ArrayCall::ArrayCall(const char* op, const Tensor& first, py::object out, int64_t stream_handle) : op_(op) {
+ArrayCall::ArrayCall(const char* op, const Tensor& first, py::object out, int64_t stream_handle)
+    : op_(op) {
   device = first.device;
   stream = reinterpret_cast<void*>(stream_handle);
 #ifdef SYNERGEN_WITH_CUDA
@@ -169,10 +190,12 @@ ArrayCall::ArrayCall(const char* op, const Tensor& first, py::object out, int64_
 Tensor ArrayCall::empty(const char* name, const Sizes& sizes, DType dtype) {
   py::gil_scoped_acquire gil;
   if (!given_.empty()) {
-    if (made_.size() == given_.size()) refuse(op_, ": out must hold one array per result, got ", given_.size());
+    if (made_.size() == given_.size())
+      refuse(op_, ": out must hold one array per result, got ", given_.size());
     const py::object& array = given_[made_.size()];
     Tensor view = view_of(op_, "out", array, reinterpret_cast<int64_t>(stream), true);
-    if (view.dtype != dtype) refuse(op_, ": out for ", name, " must be ", name_of(dtype), ", got ", name_of(view.dtype));
+    if (view.dtype != dtype)
+      refuse(op_, ": out for ", name, " must be ", name_of(dtype), ", got ", name_of(view.dtype));
     check_shape(op_, (std::string("out for ") + name).c_str(), view, name, sizes);
     check_same_device(op_, "out", view, *this);
     if (view.numel() > 1 && view.strides != contiguous_strides(sizes)) {
@@ -181,9 +204,11 @@ Tensor ArrayCall::empty(const char* name, const Sizes& sizes, DType dtype) {
     made_.push_back(array);
     return view;
   }
-  if (device.cuda) refuse(op_, ": arrays on a CUDA device need out=, the array to write ", name, " to");
+  if (device.cuda)
+    refuse(op_, ": arrays on a CUDA device need out=, the array to write ", name, " to");
   if (dtype == DType::kBFloat16) {
-    refuse(op_, ": NumPy has no bfloat16; pass out=, a bfloat16 array with __dlpack__ to write ", name, " to");
+    refuse(op_, ": NumPy has no bfloat16; pass out=, a bfloat16 array with __dlpack__ to write ",
+           name, " to");
   }
   py::tuple shape(sizes.size());
   for (size_t d = 0; d < sizes.size(); ++d) shape[d] = py::int_(sizes[d]);

@@ -1,5 +1,6 @@
-// Turns a host function of csrc/ops/ into a plain Python function over arrays: anything with the buffer protocol
-// (NumPy, array, memoryview) or with DLPack (torch, JAX, CuPy). No torch in the call.
+// Turns a host function of csrc/ops/ into a plain Python function over arrays: anything with the
+// buffer protocol (NumPy, array, memoryview) or with DLPack (torch, JAX, CuPy). No torch in the
+// call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,8 +12,10 @@ namespace synergen::bind {
 
 namespace py = pybind11;
 
-// A view of a Python array; its memory lives as long as the view. `stream` is where a CUDA array will be used.
-Tensor view_of(const char* op, const char* name, const py::object& array, int64_t stream, bool writable = false);
+// A view of a Python array; its memory lives as long as the view. `stream` is where a CUDA array
+// will be used.
+Tensor view_of(const char* op, const char* name, const py::object& array, int64_t stream,
+               bool writable = false);
 
 // Outputs come from `out` (an array, or a tuple of them in order) or are fresh NumPy arrays.
 class ArrayCall : public Call {
@@ -45,7 +48,8 @@ struct ToArray<Tensor> {
 template <>
 struct ToArray<std::optional<Tensor>> {
   using type = py::object;
-  static std::optional<Tensor> in(const char* op, const char* name, const py::object& x, int64_t stream) {
+  static std::optional<Tensor> in(const char* op, const char* name, const py::object& x,
+                                  int64_t stream) {
     return x.is_none() ? std::nullopt : std::optional<Tensor>(view_of(op, name, x, stream));
   }
 };
@@ -60,16 +64,17 @@ struct ArrayOp<R(Call&, First, Rest...)> {
 
   // args: one py::arg per parameter of the host function after Call.
   template <class... Args>
-  static void define(py::module_& m, const char* op, R (*fn)(Call&, First, Rest...), const Args&... args) {
+  static void define(py::module_& m, const char* op, R (*fn)(Call&, First, Rest...),
+                     const Args&... args) {
     static_assert(sizeof...(Args) == 1 + sizeof...(Rest), "one py::arg per parameter");
     const std::vector<const char*> names = {args.name...};
     m.def(
         op,
-        [op, fn, names](const py::object& first, const typename As<Rest>::type&... rest, py::object out,
-                        int64_t stream) {
-          size_t i = 1;
+        [op, fn, names](const py::object& first, const typename As<Rest>::type&... rest,
+                        py::object out, int64_t stream) {
           const Tensor view = view_of(op, names[0], first, stream);
-          std::tuple<std::remove_cvref_t<Rest>...> views{As<Rest>::in(op, names[i++], rest, stream)...};
+          const auto views =
+              views_of(op, names, stream, std::index_sequence_for<Rest...>(), rest...);
           ArrayCall call(op, view, std::move(out), stream);
           {
             py::gil_scoped_release release;
@@ -78,6 +83,16 @@ struct ArrayOp<R(Call&, First, Rest...)> {
           return call.result();
         },
         args..., py::kw_only(), py::arg("out") = py::none(), py::arg("stream") = 0);
+  }
+
+ private:
+  template <size_t... I>
+  static std::tuple<std::remove_cvref_t<Rest>...> views_of(const char* op,
+                                                           const std::vector<const char*>& names,
+                                                           int64_t stream,
+                                                           std::index_sequence<I...>,
+                                                           const typename As<Rest>::type&... rest) {
+    return {As<Rest>::in(op, names[I + 1], rest, stream)...};
   }
 };
 

@@ -1,4 +1,5 @@
-// Turns a host function of csrc/ops/ into a torch op of the stable ABI. The only file that includes torch headers.
+// Turns a host function of csrc/ops/ into a torch op of the stable ABI. The only file that includes
+// torch headers.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -15,32 +16,48 @@ using torch::headeronly::ScalarType;
 
 inline DType dtype_from(ScalarType type) {
   switch (type) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Long: return DType::kInt64;
-    case ScalarType::Bool: return DType::kBool;
-    default: break;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Long:
+      return DType::kInt64;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      break;
   }
-  refuse("synergen_ext: tensors must be float64, float32, bfloat16, float16, int64 or bool, got torch dtype number ",
-         static_cast<int>(type));
+  refuse(
+      "synergen_ext: tensors must be float64, float32, bfloat16, float16, int64 or bool, got torch "
+      "dtype number ",
+      static_cast<int>(type));
 }
 
 inline ScalarType dtype_to(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return ScalarType::Double;
-    case DType::kFloat32: return ScalarType::Float;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    case DType::kFloat16: return ScalarType::Half;
-    case DType::kInt64: return ScalarType::Long;
-    case DType::kBool: break;
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kFloat32:
+      return ScalarType::Float;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kInt64:
+      return ScalarType::Long;
+    case DType::kBool:
+      break;
   }
   return ScalarType::Bool;
 }
 
 inline Tensor view_of(const TorchTensor& t) {
-  if (t.dim() > kMaxDims) refuse("synergen_ext: tensors may have at most ", kMaxDims, " dimensions, got ", t.dim());
+  if (t.dim() > kMaxDims)
+    refuse("synergen_ext: tensors may have at most ", kMaxDims, " dimensions, got ", t.dim());
   Tensor view;
   const auto sizes = t.sizes(), strides = t.strides();
   view.sizes.assign(sizes.begin(), sizes.end());
@@ -109,7 +126,8 @@ struct TorchOp<R(Call&, First, Rest...), fn> {
   template <class T>
   using As = ToTorch<std::remove_cvref_t<T>>;
 
-  static typename As<R>::type call(typename As<First>::type first, typename As<Rest>::type... rest) {
+  static typename As<R>::type call(typename As<First>::type first,
+                                   typename As<Rest>::type... rest) {
     TorchCall call(first);
     return As<R>::out(fn(call, As<First>::in(first), As<Rest>::in(rest)...));
   }

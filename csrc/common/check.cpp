@@ -4,12 +4,18 @@ namespace synergen {
 
 const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return "float64";
-    case DType::kFloat32: return "float32";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat16: return "float16";
-    case DType::kInt64: return "int64";
-    case DType::kBool: return "bool";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kInt64:
+      return "int64";
+    case DType::kBool:
+      return "bool";
   }
   return "unknown";
 }
@@ -26,9 +32,11 @@ std::string to_string(const Device& device) {
   return device.cuda ? "cuda:" + std::to_string(device.index) : "cpu";
 }
 
-void check_shape(const char* op, const char* name, const Tensor& t, const char* form, const Sizes& wanted) {
+void check_shape(const char* op, const char* name, const Tensor& t, const char* form,
+                 const Sizes& wanted) {
   if (t.sizes != wanted) {
-    refuse(op, ": ", name, " must be ", form, " = ", to_string(wanted), ", got ", to_string(t.sizes));
+    refuse(op, ": ", name, " must be ", form, " = ", to_string(wanted), ", got ",
+           to_string(t.sizes));
   }
 }
 
@@ -36,11 +44,13 @@ void check_dims(const char* op, const char* name, const Tensor& t, const char* f
   if (t.dim() != dims) refuse(op, ": ", name, " must be ", form, ", got ", to_string(t.sizes));
 }
 
-void check_min_dims(const char* op, const char* name, const Tensor& t, const char* form, int64_t dims) {
+void check_min_dims(const char* op, const char* name, const Tensor& t, const char* form,
+                    int64_t dims) {
   if (t.dim() < dims) refuse(op, ": ", name, " must be ", form, ", got ", to_string(t.sizes));
 }
 
-void check_dtype(const char* op, const char* name, const Tensor& t, std::initializer_list<DType> wanted) {
+void check_dtype(const char* op, const char* name, const Tensor& t,
+                 std::initializer_list<DType> wanted) {
   std::string list;
   size_t i = 0;
   for (DType dtype : wanted) {
@@ -55,7 +65,8 @@ void check_dtype(const char* op, const char* name, const Tensor& t, std::initial
 void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name,
                       const Tensor& other) {
   if (t.dtype != other.dtype) {
-    refuse(op, ": ", name, " must be ", name_of(other.dtype), " like ", other_name, ", got ", name_of(t.dtype));
+    refuse(op, ": ", name, " must be ", name_of(other.dtype), " like ", other_name, ", got ",
+           name_of(t.dtype));
   }
 }
 

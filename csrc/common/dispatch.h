@@ -21,11 +21,16 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class F>
 void dispatch_float(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat64: return f(Type<double>{});
-    case DType::kFloat32: return f(Type<float>{});
-    case DType::kBFloat16: return f(Type<bf16>{});
-    case DType::kFloat16: return f(Type<f16>{});
-    default: throw std::logic_error("dispatch_float: not a floating-point dtype");
+    case DType::kFloat64:
+      return f(Type<double>{});
+    case DType::kFloat32:
+      return f(Type<float>{});
+    case DType::kBFloat16:
+      return f(Type<bf16>{});
+    case DType::kFloat16:
+      return f(Type<f16>{});
+    default:
+      throw std::logic_error("dispatch_float: not a floating-point dtype");
   }
 }
 

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC 2011): a counter-based generator, the same numbers on CPU and GPU for the same key
-// and counter, with no state to keep.
+// Philox4x32-10 (Salmon et al., SC 2011): a counter-based generator, the same numbers on CPU and
+// GPU for the same key and counter, with no state to keep.
 #pragma once
 
 #include "common/types.h"
@@ -22,9 +22,11 @@ SYNERGEN_HD inline Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t k
   return counter;
 }
 
-// One 32-bit word per (seed, position): the seed is the key, the position the low half of the counter.
+// One 32-bit word per (seed, position): the seed is the key, the position the low half of the
+// counter.
 SYNERGEN_HD inline uint32_t philox_word(uint64_t seed, uint64_t position) {
-  const Philox4 counter = {{static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0}};
+  const Philox4 counter = {
+      {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0}};
   return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)).v[0];
 }
 

@@ -1,4 +1,5 @@
-// What a host function sees of an array, whichever framework it came from: sizes, strides in elements, a pointer.
+// What a host function sees of an array, whichever framework it came from: sizes, strides in
+// elements, a pointer.
 #pragma once
 
 #include <cstddef>
@@ -42,8 +43,8 @@ struct Tensor {
   }
 };
 
-// One call of an op: where its outputs come from, and on which stream it runs. torch calls and plain calls differ in
-// this and nothing else, so each op has one host function.
+// One call of an op: where its outputs come from, and on which stream it runs. torch calls and
+// plain calls differ in this and nothing else, so each op has one host function.
 class Call {
  public:
   virtual ~Call() = default;

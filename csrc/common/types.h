@@ -1,4 +1,5 @@
-// Element types, 16-bit floats as plain storage, and the small pieces that host, CPU and CUDA code share.
+// Element types, 16-bit floats as plain storage, and the small pieces that host, CPU and CUDA code
+// share.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,8 @@ constexpr int kMaxDims = 8;
 
 SYNERGEN_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The leading dimensions of a strided array, merged where memory allows: row i starts `offset(i)` elements into it.
+// The leading dimensions of a strided array, merged where memory allows: row i starts `offset(i)`
+// elements into it.
 struct Rows {
   int32_t dims = 0;
   int64_t sizes[kMaxDims] = {};

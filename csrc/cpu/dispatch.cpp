@@ -1,4 +1,5 @@
-// cpu::<kernel>: the best instruction set that was compiled, that this CPU has and that SYNERGEN_ISA allows.
+// cpu::<kernel>: the best instruction set that was compiled, that this CPU has and that
+// SYNERGEN_ISA allows.
 #include "cpu/dispatch.h"
 
 #include <cstdlib>
@@ -9,17 +10,20 @@ namespace {
 
 bool has(Isa isa) {
   switch (isa) {
-    case Isa::kBaseline: return true;
+    case Isa::kBaseline:
+      return true;
 #if defined(SYNERGEN_HAS_AVX2)
     // The compiler's run-time check asks the operating system too (XCR0), not only CPUID.
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c");
     case Isa::kAvx512:
-      return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+      return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq");
 #endif
-    default: return false;
+    default:
+      return false;
   }
 }
 
@@ -62,13 +66,16 @@ Isa current_isa() {
 }
 
 #if defined(SYNERGEN_HAS_AVX2)
-#define SYNERGEN_DEFINE(name, Params)                    \
-  void name(const Params& p) {                           \
-    switch (current_isa()) {                             \
-      case Isa::kAvx512: return avx512::name(p);         \
-      case Isa::kAvx2: return avx2::name(p);             \
-      case Isa::kBaseline: return baseline::name(p);     \
-    }                                                    \
+#define SYNERGEN_DEFINE(name, Params) \
+  void name(const Params& p) {        \
+    switch (current_isa()) {          \
+      case Isa::kAvx512:              \
+        return avx512::name(p);       \
+      case Isa::kAvx2:                \
+        return avx2::name(p);         \
+      case Isa::kBaseline:            \
+        return baseline::name(p);     \
+    }                                 \
   }
 #else
 #define SYNERGEN_DEFINE(name, Params) \

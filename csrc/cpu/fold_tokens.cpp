@@ -1,4 +1,5 @@
-// fold_tokens on the CPU: gather, add the position embedding and lay windows out, in one pass over the output.
+// fold_tokens on the CPU: gather, add the position embedding and lay windows out, in one pass over
+// the output.
 #include "common/dispatch.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -34,11 +35,13 @@ void forward(const FoldTokensParams& p) {
             p.ids[image * p.ids_strides[0] + row * p.ids_strides[1] + col * p.ids_strides[2]];
         const Slot slot = slot_of(p, row, col);
         T* y = static_cast<T*>(p.y) + (image * windows + slot.window) * width + slot.inside * p.dim;
-        load_row(static_cast<const T*>(p.table) + id * p.table_strides[0], p.table_strides[1], p.dim, a.data());
-        load_row(static_cast<const T*>(p.pos) + row * p.pos_strides[0] + col * p.pos_strides[1], p.pos_strides[2],
-                 p.dim, b.data());
+        load_row(static_cast<const T*>(p.table) + id * p.table_strides[0], p.table_strides[1],
+                 p.dim, a.data());
+        load_row(static_cast<const T*>(p.pos) + row * p.pos_strides[0] + col * p.pos_strides[1],
+                 p.pos_strides[2], p.dim, b.data());
         int64_t i = 0;
-        for (; i + V::N <= p.dim; i += V::N) (V::load(a.data() + i) + V::load(b.data() + i)).store(y + i);
+        for (; i + V::N <= p.dim; i += V::N)
+          (V::load(a.data() + i) + V::load(b.data() + i)).store(y + i);
         for (; i < p.dim; ++i) from_float(a[i] + b[i], y[i]);
       }
     }
@@ -47,11 +50,12 @@ void forward(const FoldTokensParams& p) {
 
 // sum += the gradient of token (image, row, col)
 template <class T, class A>
-void add_token(const FoldTokensBackwardParams& p, int64_t image, int64_t row, int64_t col, A* buffer, A* sum) {
+void add_token(const FoldTokensBackwardParams& p, int64_t image, int64_t row, int64_t col,
+               A* buffer, A* sum) {
   using V = VecOf<T>;
   const Slot slot = slot_of(p, row, col);
-  const T* dy = static_cast<const T*>(p.dy) + image * p.dy_strides[0] + slot.window * p.dy_strides[1] +
-                slot.inside * p.dim * p.dy_strides[2];
+  const T* dy = static_cast<const T*>(p.dy) + image * p.dy_strides[0] +
+                slot.window * p.dy_strides[1] + slot.inside * p.dim * p.dy_strides[2];
   load_row(dy, p.dy_strides[2], p.dim, buffer);
   int64_t i = 0;
   for (; i + V::N <= p.dim; i += V::N) (V::load(sum + i) + V::load(buffer + i)).store(sum + i);
@@ -63,7 +67,8 @@ void clear(A* sum, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] = 0;
 }
 
-// Every sum runs over its tokens in raster order, image after image, whatever the number of threads.
+// Every sum runs over its tokens in raster order, image after image, whatever the number of
+// threads.
 template <class T>
 void backward(const FoldTokensBackwardParams& p) {
   using A = Acc<T>;

@@ -1,4 +1,5 @@
-// Splits rows over OpenMP threads. Lies in the namespace of the instruction set it is compiled for, as vec.h does.
+// Splits rows over OpenMP threads. Lies in the namespace of the instruction set it is compiled for,
+// as vec.h does.
 #pragma once
 
 #include <omp.h>
@@ -7,8 +8,8 @@
 
 namespace synergen::cpu::SYNERGEN_ISA {
 
-// f(begin, end) over [0, n) in contiguous pieces of at least `grain`, one per thread. Inside another parallel region
-// it runs in the calling thread. f must not throw.
+// f(begin, end) over [0, n) in contiguous pieces of at least `grain`, one per thread. Inside
+// another parallel region it runs in the calling thread. f must not throw.
 template <class F>
 inline void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;

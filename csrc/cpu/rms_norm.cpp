@@ -1,4 +1,5 @@
-// rms_norm on the CPU: each row is widened into a buffer that stays in the first-level cache, then summed and scaled.
+// rms_norm on the CPU: each row is widened into a buffer that stays in the first-level cache, then
+// summed and scaled.
 #include <cmath>
 
 #include "common/dispatch.h"
@@ -30,7 +31,8 @@ A dot(const A* a, const A* b, int64_t n) {
 
 template <class A>
 A inverse_rms(const A* x, const RmsNormParams& p) {
-  return static_cast<A>(1) / std::sqrt(dot(x, x, p.dim) / static_cast<A>(p.dim) + static_cast<A>(p.eps));
+  return static_cast<A>(1) /
+         std::sqrt(dot(x, x, p.dim) / static_cast<A>(p.dim) + static_cast<A>(p.eps));
 }
 
 template <class T>
@@ -55,8 +57,10 @@ void forward(const RmsNormParams& p) {
 }
 
 // With r = 1 / sqrt(mean(x^2) + eps):
-//   dx = r * dy * weight - r^3 * x * mean(dy * weight * x),   dweight = sum over rows of dy * x * r.
-// Rows are summed in at most 64 pieces, then the pieces in order: the result does not depend on the thread count.
+//   dx = r * dy * weight - r^3 * x * mean(dy * weight * x),   dweight = sum over rows of dy * x *
+//   r.
+// Rows are summed in at most 64 pieces, then the pieces in order: the result does not depend on the
+// thread count.
 template <class T>
 void backward(const RmsNormBackwardParams& p) {
   using A = Acc<T>;
@@ -65,35 +69,37 @@ void backward(const RmsNormBackwardParams& p) {
   Scratch<A> weight(dim), partial(pieces * dim);
   load_row(p.weight_dtype, p.weight, p.weight_stride, dim, weight.data());
   const int64_t rows_per_piece = pieces ? ceil_div(p.rows, pieces) : 0;
-  parallel_for(pieces, ceil_div(kGrain, dim * (rows_per_piece + 1)), [&](int64_t begin, int64_t end) {
-    Scratch<A> x(dim), dy(dim);
-    for (int64_t piece = begin; piece < end; ++piece) {
-      A* sum = partial.data() + piece * dim;
-      for (int64_t i = 0; i < dim; ++i) sum[i] = 0;
-      const int64_t last = p.rows * (piece + 1) / pieces;
-      for (int64_t row = p.rows * piece / pieces; row < last; ++row) {
-        load_row(static_cast<const T*>(p.x) + p.x_rows.offset(row), p.x_stride, dim, x.data());
-        load_row(static_cast<const T*>(p.dy) + p.dy_rows.offset(row), p.dy_stride, dim, dy.data());
-        const A r = inverse_rms(x.data(), p);
-        int64_t i = 0;
-        for (; i + V::N <= dim; i += V::N) {
-          const V d = V::load(dy.data() + i);
-          fma(d * V::load(x.data() + i), V(r), V::load(sum + i)).store(sum + i);
-          (d * V::load(weight.data() + i)).store(dy.data() + i);
+  parallel_for(
+      pieces, ceil_div(kGrain, dim * (rows_per_piece + 1)), [&](int64_t begin, int64_t end) {
+        Scratch<A> x(dim), dy(dim);
+        for (int64_t piece = begin; piece < end; ++piece) {
+          A* sum = partial.data() + piece * dim;
+          for (int64_t i = 0; i < dim; ++i) sum[i] = 0;
+          const int64_t last = p.rows * (piece + 1) / pieces;
+          for (int64_t row = p.rows * piece / pieces; row < last; ++row) {
+            load_row(static_cast<const T*>(p.x) + p.x_rows.offset(row), p.x_stride, dim, x.data());
+            load_row(static_cast<const T*>(p.dy) + p.dy_rows.offset(row), p.dy_stride, dim,
+                     dy.data());
+            const A r = inverse_rms(x.data(), p);
+            int64_t i = 0;
+            for (; i + V::N <= dim; i += V::N) {
+              const V d = V::load(dy.data() + i);
+              fma(d * V::load(x.data() + i), V(r), V::load(sum + i)).store(sum + i);
+              (d * V::load(weight.data() + i)).store(dy.data() + i);
+            }
+            for (; i < dim; ++i) {
+              sum[i] += dy[i] * x[i] * r;
+              dy[i] *= weight[i];
+            }
+            const A slope = dot(dy.data(), x.data(), dim) / static_cast<A>(dim) * r * r;
+            T* dx = static_cast<T*>(p.dx) + row * dim;
+            for (i = 0; i + V::N <= dim; i += V::N) {
+              ((V::load(dy.data() + i) - V::load(x.data() + i) * V(slope)) * V(r)).store(dx + i);
+            }
+            for (; i < dim; ++i) from_float((dy[i] - x[i] * slope) * r, dx[i]);
+          }
         }
-        for (; i < dim; ++i) {
-          sum[i] += dy[i] * x[i] * r;
-          dy[i] *= weight[i];
-        }
-        const A slope = dot(dy.data(), x.data(), dim) / static_cast<A>(dim) * r * r;
-        T* dx = static_cast<T*>(p.dx) + row * dim;
-        for (i = 0; i + V::N <= dim; i += V::N) {
-          ((V::load(dy.data() + i) - V::load(x.data() + i) * V(slope)) * V(r)).store(dx + i);
-        }
-        for (; i < dim; ++i) from_float((dy[i] - x[i] * slope) * r, dx[i]);
-      }
-    }
-  });
+      });
   Scratch<A> total(dim);
   for (int64_t i = 0; i < dim; ++i) total[i] = 0;
   for (int64_t piece = 0; piece < pieces; ++piece) {

@@ -1,4 +1,5 @@
-// rope on the CPU: sines and cosines once per distinct position, then every head of a token is rotated with them.
+// rope on the CPU: sines and cosines once per distinct position, then every head of a token is
+// rotated with them.
 #include <cmath>
 
 #include "common/dispatch.h"
@@ -10,9 +11,11 @@
 namespace synergen::cpu::SYNERGEN_ISA {
 namespace {
 
-// Angles are computed in double: at position 32768 a float32 angle is off by up to 2e-3, in bfloat16 it is noise.
+// Angles are computed in double: at position 32768 a float32 angle is off by up to 2e-3, in
+// bfloat16 it is noise.
 template <class A>
-void fill_angles(const RopeParams& p, const double* frequency, int64_t position, A* cosines, A* sines) {
+void fill_angles(const RopeParams& p, const double* frequency, int64_t position, A* cosines,
+                 A* sines) {
   for (int64_t i = 0; i < p.dim / 2; ++i) {
     const double angle = static_cast<double>(position) * frequency[i];
     cosines[i] = static_cast<A>(std::cos(angle));
@@ -21,7 +24,8 @@ void fill_angles(const RopeParams& p, const double* frequency, int64_t position,
 }
 
 template <class T, class A>
-void rotate(const RopeParams::Part& part, int64_t token, int64_t dim, const A* cosines, const A* sines, A* x) {
+void rotate(const RopeParams::Part& part, int64_t token, int64_t dim, const A* cosines,
+            const A* sines, A* x) {
   using V = VecOf<T>;
   const int64_t half = dim / 2;
   const T* from = static_cast<const T*>(part.x) + part.rows.offset(token);
@@ -50,8 +54,8 @@ void run(const RopeParams& p) {
   for (int64_t i = 0; i < half; ++i) {
     frequency[i] = std::pow(p.theta, -2.0 * static_cast<double>(i) / static_cast<double>(p.dim));
   }
-  // A sine costs as much as rotating a head. A batch repeats its positions, so where the range of positions is no
-  // longer than the tokens they are tabled once.
+  // A sine costs as much as rotating a head. A batch repeats its positions, so where the range of
+  // positions is no longer than the tokens they are tabled once.
   int64_t low = p.positions[p.position_rows.offset(0)], high = low;
   for (int64_t t = 1; t < p.tokens; ++t) {
     const int64_t position = p.positions[p.position_rows.offset(t)];
@@ -75,7 +79,8 @@ void run(const RopeParams& p) {
       const int64_t position = p.positions[p.position_rows.offset(token)];
       A* row = tabled ? table.data() + (position - low) * p.dim : own.data();
       if (!tabled) fill_angles(p, frequency.data(), position, row, row + half);
-      for (const RopeParams::Part& part : p.parts) rotate<T>(part, token, p.dim, row, row + half, x.data());
+      for (const RopeParams::Part& part : p.parts)
+        rotate<T>(part, token, p.dim, row, row + half, x.data());
     }
   });
 }

@@ -1,5 +1,5 @@
-// Working memory of a kernel: 64-byte aligned, freed on scope exit. std::vector would do, but its inline functions have
-// one name in every instruction set's object.
+// Working memory of a kernel: 64-byte aligned, freed on scope exit. std::vector would do, but its
+// inline functions have one name in every instruction set's object.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t n)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(n) * sizeof(T) + 64) / 64 * 64))) {
+      : data_(static_cast<T*>(
+            std::aligned_alloc(64, (static_cast<size_t>(n) * sizeof(T) + 64) / 64 * 64))) {
     if (!data_) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data_); }

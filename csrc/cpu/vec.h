@@ -1,9 +1,9 @@
-// Vectors of float and double, the same code for every instruction set: VecF and VecD have N lanes, load from any
-// storage type, compute in float or double, store to any storage type. Partial vectors (the last n < N elements) go
-// through a zero-filled buffer.
+// Vectors of float and double, the same code for every instruction set: VecF and VecD have N lanes,
+// load from any storage type, compute in float or double, store to any storage type. Partial
+// vectors (the last n < N elements) go through a zero-filled buffer.
 //
-// The file is compiled once per instruction set (SYNERGEN_ISA), each in its own namespace: two copies of one inline
-// function with different instructions must never share a name.
+// The file is compiled once per instruction set (SYNERGEN_ISA), each in its own namespace: two
+// copies of one inline function with different instructions must never share a name.
 #pragma once
 
 #include <cmath>
@@ -34,7 +34,8 @@ inline float to_float(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  // Shift the exponent and mantissa into place, then scale by 2^112: subnormals come out right without a branch.
+  // Shift the exponent and mantissa into place, then scale by 2^112: subnormals come out right
+  // without a branch.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
   float f;
@@ -113,10 +114,12 @@ struct VecF {
     __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     r = _mm512_mask_or_epi32(r, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
   }
   void store(f16* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float max() const { return _mm512_reduce_max_ps(v); }
@@ -256,12 +259,12 @@ struct PlainVec {
     return s;
   }
 };
-#define SYNERGEN_PLAIN(name, expr)                                                    \
-  template <class S, int N>                                                           \
-  inline PlainVec<S, N> name(const PlainVec<S, N>& a, const PlainVec<S, N>& b) {      \
-    PlainVec<S, N> r;                                                                 \
-    for (int i = 0; i < N; ++i) r.v[i] = expr;                                        \
-    return r;                                                                         \
+#define SYNERGEN_PLAIN(name, expr)                                               \
+  template <class S, int N>                                                      \
+  inline PlainVec<S, N> name(const PlainVec<S, N>& a, const PlainVec<S, N>& b) { \
+    PlainVec<S, N> r;                                                            \
+    for (int i = 0; i < N; ++i) r.v[i] = expr;                                   \
+    return r;                                                                    \
   }
 SYNERGEN_PLAIN(operator+, a.v[i] + b.v[i])
 SYNERGEN_PLAIN(operator-, a.v[i] - b.v[i])
@@ -270,7 +273,8 @@ SYNERGEN_PLAIN(operator/, a.v[i] / b.v[i])
 SYNERGEN_PLAIN(max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 #undef SYNERGEN_PLAIN
 template <class S, int N>
-inline PlainVec<S, N> fma(const PlainVec<S, N>& a, const PlainVec<S, N>& b, const PlainVec<S, N>& c) {
+inline PlainVec<S, N> fma(const PlainVec<S, N>& a, const PlainVec<S, N>& b,
+                          const PlainVec<S, N>& c) {
   return a * b + c;
 }
 using VecF = PlainVec<float, 8>;
@@ -296,7 +300,8 @@ inline void store_part(V v, T* p, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// out[i] = (float or double) p[i * stride]: a row of any storage and any stride as a dense row to compute on.
+// out[i] = (float or double) p[i * stride]: a row of any storage and any stride as a dense row to
+// compute on.
 template <class A, class T>
 inline void load_row(const T* p, int64_t stride, int64_t n, A* out) {
   using V = std::conditional_t<std::is_same_v<A, double>, VecD, VecF>;
@@ -316,12 +321,17 @@ template <class A>
 inline void load_row(DType dtype, const void* p, int64_t stride, int64_t n, A* out) {
   switch (dtype) {
     case DType::kFloat64:
-      if constexpr (std::is_same_v<A, double>) load_row(static_cast<const double*>(p), stride, n, out);
+      if constexpr (std::is_same_v<A, double>)
+        load_row(static_cast<const double*>(p), stride, n, out);
       return;
-    case DType::kFloat32: return load_row(static_cast<const float*>(p), stride, n, out);
-    case DType::kBFloat16: return load_row(static_cast<const bf16*>(p), stride, n, out);
-    case DType::kFloat16: return load_row(static_cast<const f16*>(p), stride, n, out);
-    default: return;
+    case DType::kFloat32:
+      return load_row(static_cast<const float*>(p), stride, n, out);
+    case DType::kBFloat16:
+      return load_row(static_cast<const bf16*>(p), stride, n, out);
+    case DType::kFloat16:
+      return load_row(static_cast<const f16*>(p), stride, n, out);
+    default:
+      return;
   }
 }
 
@@ -343,10 +353,14 @@ inline void store_row(const A* in, int64_t n, DType dtype, void* p) {
     case DType::kFloat64:
       if constexpr (std::is_same_v<A, double>) store_row(in, n, static_cast<double*>(p));
       return;
-    case DType::kFloat32: return store_row(in, n, static_cast<float*>(p));
-    case DType::kBFloat16: return store_row(in, n, static_cast<bf16*>(p));
-    case DType::kFloat16: return store_row(in, n, static_cast<f16*>(p));
-    default: return;
+    case DType::kFloat32:
+      return store_row(in, n, static_cast<float*>(p));
+    case DType::kBFloat16:
+      return store_row(in, n, static_cast<bf16*>(p));
+    case DType::kFloat16:
+      return store_row(in, n, static_cast<f16*>(p));
+    default:
+      return;
   }
 }
 

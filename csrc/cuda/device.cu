@@ -1,5 +1,4 @@
 #include "cuda/device.h"
-
 #include "cuda/launch.cuh"
 
 namespace synergen::cuda {
@@ -21,7 +20,8 @@ std::vector<std::string> device_names() {
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp prop;
     check(cudaGetDeviceProperties(&prop, i), "device_names");
-    names.push_back(std::string(prop.name) + ", sm_" + std::to_string(prop.major) + std::to_string(prop.minor));
+    names.push_back(std::string(prop.name) + ", sm_" + std::to_string(prop.major) +
+                    std::to_string(prop.minor));
   }
   return names;
 }

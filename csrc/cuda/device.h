@@ -6,7 +6,8 @@
 
 namespace synergen::cuda {
 
-// Makes a device current for the calling thread, and the one before it again at the end of the scope.
+// Makes a device current for the calling thread, and the one before it again at the end of the
+// scope.
 class DeviceScope {
  public:
   DeviceScope(const char* op, int index);

@@ -1,5 +1,6 @@
-// fold_tokens on the GPU: one thread per element of a token vector, one block per stretch of tokens. The op reads each
-// table row and writes each output element once, so it is bound by memory and nothing is kept on the chip.
+// fold_tokens on the GPU: one thread per element of a token vector, one block per stretch of
+// tokens. The op reads each table row and writes each output element once, so it is bound by memory
+// and nothing is kept on the chip.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -32,21 +33,25 @@ constexpr int kTokens = 4;     // tokens of a block at a time
 constexpr int64_t kMaxBlocks = 65535;
 
 template <class T>
-__global__ void __launch_bounds__(kElements * kTokens) fold_tokens_kernel(FoldTokensParams p) {
+__global__ void __launch_bounds__(kElements* kTokens) fold_tokens_kernel(FoldTokensParams p) {
   const int64_t raster = p.h * p.w, tokens = p.batch * raster, windows = (p.h / p.m) * (p.w / p.n);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kTokens;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.y; token < tokens; token += step) {
+  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.y; token < tokens;
+       token += step) {
     const int64_t image = token / raster, row = token % raster / p.w, col = token % p.w;
-    const int64_t id = p.ids[image * p.ids_strides[0] + row * p.ids_strides[1] + col * p.ids_strides[2]];
+    const int64_t id =
+        p.ids[image * p.ids_strides[0] + row * p.ids_strides[1] + col * p.ids_strides[2]];
     const bool inside = id >= 0 && id < p.vocab;
     const Slot slot = slot_of(p, row, col);
     const T* from = static_cast<const T*>(p.table) + (inside ? id : 0) * p.table_strides[0];
     const T* pos = static_cast<const T*>(p.pos) + row * p.pos_strides[0] + col * p.pos_strides[1];
-    T* y = static_cast<T*>(p.y) + ((image * windows + slot.window) * p.m * p.n + slot.inside) * p.dim;
+    T* y =
+        static_cast<T*>(p.y) + ((image * windows + slot.window) * p.m * p.n + slot.inside) * p.dim;
     for (int64_t i = threadIdx.x; i < p.dim; i += kElements) {
       // A kernel cannot refuse an id, so it makes the result of a wrong one plain to see.
-      const auto value = inside ? widen(from[i * p.table_strides[1]]) + widen(pos[i * p.pos_strides[2]])
-                                : widen(pos[i * p.pos_strides[2]]) * __int_as_float(0x7fffffff);
+      const auto value =
+          inside ? widen(from[i * p.table_strides[1]]) + widen(pos[i * p.pos_strides[2]])
+                 : widen(pos[i * p.pos_strides[2]]) * __int_as_float(0x7fffffff);
       narrow(value, y[i]);
     }
   }
@@ -55,11 +60,13 @@ __global__ void __launch_bounds__(kElements * kTokens) fold_tokens_kernel(FoldTo
 __global__ void __launch_bounds__(256) fold_ids_kernel(FoldIdsParams p) {
   const int64_t raster = p.h * p.w, total = p.batch * raster, windows = (p.h / p.m) * (p.w / p.n);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < total; at += step) {
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < total;
+       at += step) {
     const int64_t image = at / raster, row = at % raster / p.w, col = at % p.w;
     const Slot slot = slot_of(p, row, col);
     if (p.unfold) {
-      p.y[at] = p.ids[image * p.strides[0] + slot.window * p.strides[1] + slot.inside * p.strides[2]];
+      p.y[at] =
+          p.ids[image * p.strides[0] + slot.window * p.strides[1] + slot.inside * p.strides[2]];
     } else {
       p.y[(image * windows + slot.window) * p.m * p.n + slot.inside] =
           p.ids[image * p.strides[0] + row * p.strides[1] + col * p.strides[2]];
@@ -83,16 +90,25 @@ void launch(const FoldTokensParams& p, cudaStream_t stream) {
 void fold_tokens(const FoldTokensParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
-    case DType::kFloat64: launch<double>(p, s); break;
-    case DType::kFloat32: launch<float>(p, s); break;
-    case DType::kBFloat16: launch<__nv_bfloat16>(p, s); break;
-    default: launch<__half>(p, s); break;
+    case DType::kFloat64:
+      launch<double>(p, s);
+      break;
+    case DType::kFloat32:
+      launch<float>(p, s);
+      break;
+    case DType::kBFloat16:
+      launch<__nv_bfloat16>(p, s);
+      break;
+    default:
+      launch<__half>(p, s);
+      break;
   }
   check_launch("fold_tokens");
 }
 
 void fold_ids(const FoldIdsParams& p, void* stream) {
-  fold_ids_kernel<<<blocks_for(p.batch * p.h * p.w, 256), 256, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  fold_ids_kernel<<<blocks_for(p.batch * p.h * p.w, 256), 256, 0,
+                    static_cast<cudaStream_t>(stream)>>>(p);
   check_launch("fold_ids");
 }
 

@@ -1,4 +1,5 @@
-// What every launcher needs: a check of the launch that says what CUDA says, and what to do where that is known.
+// What every launcher needs: a check of the launch that says what CUDA says, and what to do where
+// that is known.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -9,27 +9,31 @@ namespace synergen {
 
 inline void check_cpu_only(const char* op, const Call& call) {
   if (call.device.cuda) {
-    refuse(op, ": there is no CUDA kernel for this op yet; use CPU arrays, or torch tensors through synergen_ext.ops");
+    refuse(op,
+           ": there is no CUDA kernel for this op yet; use CPU arrays, or torch tensors through "
+           "synergen_ext.ops");
   }
 }
 
 #ifdef SYNERGEN_WITH_CUDA
-#define SYNERGEN_LAUNCH(kernel, p, call)      \
-  do {                                        \
-    if ((call).device.cuda) {                 \
-      cuda::kernel(p, (call).stream);         \
-    } else {                                  \
-      cpu::kernel(p);                         \
-    }                                         \
+#define SYNERGEN_LAUNCH(kernel, p, call) \
+  do {                                   \
+    if ((call).device.cuda) {            \
+      cuda::kernel(p, (call).stream);    \
+    } else {                             \
+      cpu::kernel(p);                    \
+    }                                    \
   } while (false)
 #else
-#define SYNERGEN_LAUNCH(kernel, p, call)                                                         \
-  do {                                                                                           \
-    if ((call).device.cuda) {                                                                    \
-      refuse(#kernel ": this build has no CUDA kernels; rebuild with nvcc on PATH and SYNERGEN_CUDA=on, or " \
-             "use synergen_ext.ops.backend('reference')");                                       \
-    }                                                                                            \
-    cpu::kernel(p);                                                                              \
+#define SYNERGEN_LAUNCH(kernel, p, call)                                                          \
+  do {                                                                                            \
+    if ((call).device.cuda) {                                                                     \
+      refuse(                                                                                     \
+          #kernel                                                                                 \
+          ": this build has no CUDA kernels; rebuild with nvcc on PATH and SYNERGEN_CUDA=on, or " \
+          "use synergen_ext.ops.backend('reference')");                                           \
+    }                                                                                             \
+    cpu::kernel(p);                                                                               \
   } while (false)
 #endif
 

@@ -13,14 +13,17 @@ void check_fold(const char* op, int64_t h, int64_t w, int64_t m, int64_t n) {
   }
 }
 
-// On the CPU an id outside the table is refused; a CUDA kernel cannot stop its caller and writes NaN instead.
+// On the CPU an id outside the table is refused; a CUDA kernel cannot stop its caller and writes
+// NaN instead.
 void check_ids(const char* op, const FoldTokensParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t r = 0; r < p.h; ++r) {
       for (int64_t c = 0; c < p.w; ++c) {
-        const int64_t id = p.ids[b * p.ids_strides[0] + r * p.ids_strides[1] + c * p.ids_strides[2]];
+        const int64_t id =
+            p.ids[b * p.ids_strides[0] + r * p.ids_strides[1] + c * p.ids_strides[2]];
         if (id < 0 || id >= p.vocab) {
-          refuse(op, ": ids must be in [0, V=", p.vocab, "), got ", id, " at [", b, ", ", r, ", ", c, "]");
+          refuse(op, ": ids must be in [0, V=", p.vocab, "), got ", id, " at [", b, ", ", r, ", ",
+                 c, "]");
         }
       }
     }
@@ -74,7 +77,8 @@ Tensor fold_tokens(Call& call, const Tensor& ids, const Tensor& table, const Ten
 // dy [N, (h / m) * (w / n), m * n * d], ids [N, h, w] -> dtable [V, d], dpos [h, w, d]
 std::tuple<Tensor, Tensor> fold_tokens_backward(Call& call, const Tensor& dy, const Tensor& ids,
                                                 int64_t vocab, int64_t m, int64_t n) {
-  FoldTokensBackwardParams p{ids_params("fold_tokens_backward", ids, m, n)};
+  FoldTokensBackwardParams p{};
+  static_cast<FoldTokensParams&>(p) = ids_params("fold_tokens_backward", ids, m, n);
   check_dims("fold_tokens_backward", "dy", dy, "[N, (h / m) * (w / n), m * n * d]", 3);
   check_dtype("fold_tokens_backward", "dy", dy, kFloats);
   check_same_device("fold_tokens_backward", "ids", ids, call);
@@ -101,9 +105,11 @@ std::tuple<Tensor, Tensor> fold_tokens_backward(Call& call, const Tensor& dy, co
 namespace {
 
 // Both directions between the raster [N, h, w] and its windows [N, (h / m) * (w / n), m * n].
-Tensor reorder(Call& call, const Tensor& ids, int64_t h, int64_t w, int64_t m, int64_t n, bool unfold) {
+Tensor reorder(Call& call, const Tensor& ids, int64_t h, int64_t w, int64_t m, int64_t n,
+               bool unfold) {
   const int64_t batch = ids.size(0), windows = (h / m) * (w / n);
-  Tensor y = call.empty("ids", unfold ? Sizes{batch, h, w} : Sizes{batch, windows, m * n}, ids.dtype);
+  Tensor y =
+      call.empty("ids", unfold ? Sizes{batch, h, w} : Sizes{batch, windows, m * n}, ids.dtype);
   if (y.numel() == 0) return y;
   FoldIdsParams p{batch, h, w, m, n, ids.ptr<int64_t>(), {}, y.ptr<int64_t>(), unfold};
   std::copy_n(ids.strides.begin(), 3, p.strides);

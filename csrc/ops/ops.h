@@ -1,4 +1,5 @@
-// The host functions: one per op, called from torch and from plain arrays alike (see Call in common/tensor.h).
+// The host functions: one per op, called from torch and from plain arrays alike (see Call in
+// common/tensor.h).
 #pragma once
 
 #include "common/check.h"
@@ -12,8 +13,8 @@ Tensor rms_norm(Call& call, const Tensor& x, const Tensor& weight, double eps);
 std::tuple<Tensor, Tensor> rms_norm_backward(Call& call, const Tensor& dy, const Tensor& x,
                                              const Tensor& weight, double eps);
 
-std::tuple<Tensor, Tensor> rope(Call& call, const Tensor& q, const Tensor& k, const Tensor& positions,
-                                double theta, bool inverse);
+std::tuple<Tensor, Tensor> rope(Call& call, const Tensor& q, const Tensor& k,
+                                const Tensor& positions, double theta, bool inverse);
 
 Tensor fold_tokens(Call& call, const Tensor& ids, const Tensor& table, const Tensor& pos, int64_t m,
                    int64_t n);

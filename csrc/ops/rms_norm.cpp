@@ -4,7 +4,8 @@ namespace synergen {
 namespace {
 
 // The params that both directions share, after the checks that both need.
-RmsNormParams checked(const char* op, Call& call, const Tensor& x, const Tensor& weight, double eps) {
+RmsNormParams checked(const char* op, Call& call, const Tensor& x, const Tensor& weight,
+                      double eps) {
   check_min_dims(op, "x", x, "[..., D]", 1);
   check_dtype(op, "x", x, kFloats);
   check_shape(op, "weight", weight, "[D]", {x.size(-1)});
@@ -40,10 +41,12 @@ Tensor rms_norm(Call& call, const Tensor& x, const Tensor& weight, double eps) {
   return y;
 }
 
-// dy [..., D], x [..., D], weight [D] -> dx [..., D], dweight [D]; dweight is zero where there are no rows
+// dy [..., D], x [..., D], weight [D] -> dx [..., D], dweight [D]; dweight is zero where there are
+// no rows
 std::tuple<Tensor, Tensor> rms_norm_backward(Call& call, const Tensor& dy, const Tensor& x,
                                              const Tensor& weight, double eps) {
-  RmsNormBackwardParams p{checked("rms_norm_backward", call, x, weight, eps)};
+  RmsNormBackwardParams p{};
+  static_cast<RmsNormParams&>(p) = checked("rms_norm_backward", call, x, weight, eps);
   check_shape("rms_norm_backward", "dy", dy, "[..., D]", x.sizes);
   check_same_dtype("rms_norm_backward", "dy", dy, "x", x);
   Tensor dx = call.empty("dx", x.sizes, x.dtype);

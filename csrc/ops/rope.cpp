@@ -28,8 +28,8 @@ RopeParams::Part part_of(const Tensor& x, const Tensor& y) {
 }  // namespace
 
 // q [..., T, Hq, Dh], k [..., T, Hk, Dh], positions [..., T] -> q, k rotated
-std::tuple<Tensor, Tensor> rope(Call& call, const Tensor& q, const Tensor& k, const Tensor& positions,
-                                double theta, bool inverse) {
+std::tuple<Tensor, Tensor> rope(Call& call, const Tensor& q, const Tensor& k,
+                                const Tensor& positions, double theta, bool inverse) {
   check_min_dims("rope", "q", q, "[..., T, Hq, Dh]", 3);
   check_dtype("rope", "q", q, kFloats);
   check_same_dtype("rope", "k", k, "q", q);
