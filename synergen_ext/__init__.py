@@ -1,37 +1,33 @@
 """SynerGen-VL: one autoregressive model that understands and paints pictures.
 
-Importing the package does no work: submodules are loaded when first used, and with them torch and the kernels.
+Importing the package does no work: a submodule is loaded when it is first used, and torch and the kernels with it.
 """
 
 import importlib
+import pkgutil
 from typing import Any
 
 from ._version import __version__
 
-_SUBMODULES = (
-    "doctor",
-    "evaluation",
-    "generation",
-    "integrations",
-    "kernels",
-    "model",
-    "ops",
-    "processing",
-    "testing",
-    "training",
-)
-_FUNCTIONS = {"build_info": "_build"}
+__all__ = ["__version__", "build_info"]
 
-__all__ = ["__version__", "build_info", *_SUBMODULES]  # noqa: F822 (resolved by __getattr__)
+
+def _submodules() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled module was built from and for; see `synergen_ext._build.build_info`."""
+    from ._build import build_info
+
+    return build_info()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
-    if name in _SUBMODULES:
+    if name in _submodules():
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_submodules()})

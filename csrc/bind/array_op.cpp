@@ -26,10 +26,10 @@ Sizes contiguous_strides(const Sizes& sizes) {
   return strides;
 }
 
-std::optional<DType> dtype_of_format(const char* format, int64_t itemsize) {
-  if (!format) return std::nullopt;
+DType dtype_of_format(const char* format, int64_t itemsize) {
+  if (!format) return DType::kUInt8;  // what a buffer without a format holds
   if (*format == '@' || *format == '=' || *format == '<') ++format;
-  if (format[0] == 0 || format[1] != 0) return std::nullopt;
+  if (format[0] == 0 || format[1] != 0) return DType::kOther;
   switch (format[0]) {
     case 'd':
       return DType::kFloat64;
@@ -39,11 +39,19 @@ std::optional<DType> dtype_of_format(const char* format, int64_t itemsize) {
       return DType::kFloat16;
     case '?':
       return DType::kBool;
+    case 'B':
+      return DType::kUInt8;
+    case 'b':
+    case 'h':
+    case 'i':
     case 'l':
     case 'q':
-      return itemsize == 8 ? std::optional(DType::kInt64) : std::nullopt;
+      return itemsize == 8   ? DType::kInt64
+             : itemsize == 4 ? DType::kInt32
+             : itemsize == 2 ? DType::kInt16
+                             : DType::kInt8;
     default:
-      return std::nullopt;
+      return DType::kOther;
   }
 }
 
@@ -60,13 +68,7 @@ Tensor view_of_buffer(const char* op, const char* name, const py::object& array,
     PyBuffer_Release(b);
     delete b;
   });
-  const auto dtype = dtype_of_format(buffer->format, buffer->itemsize);
-  if (!dtype) {
-    refuse(op, ": ", name,
-           " must be float64, float32, float16, int64 or bool in native byte order, got format '",
-           buffer->format ? buffer->format : "", "'");
-  }
-  view.dtype = *dtype;
+  view.dtype = dtype_of_format(buffer->format, buffer->itemsize);
   view.data = buffer->buf;
   for (int d = 0; d < buffer->ndim; ++d) {
     view.sizes.push_back(buffer->shape[d]);
@@ -79,18 +81,20 @@ Tensor view_of_buffer(const char* op, const char* name, const py::object& array,
   return view;
 }
 
-DType dtype_of(const char* op, const char* name, const dlpack::DataType& t) {
-  if (t.lanes == 1) {
-    if (t.code == dlpack::kFloat && t.bits == 64) return DType::kFloat64;
-    if (t.code == dlpack::kFloat && t.bits == 32) return DType::kFloat32;
-    if (t.code == dlpack::kFloat && t.bits == 16) return DType::kFloat16;
-    if (t.code == dlpack::kBfloat && t.bits == 16) return DType::kBFloat16;
-    if (t.code == dlpack::kInt && t.bits == 64) return DType::kInt64;
-    if (t.code == dlpack::kBool && t.bits == 8) return DType::kBool;
-  }
-  refuse(op, ": ", name,
-         " must be float64, float32, bfloat16, float16, int64 or bool, got DLPack type code ",
-         static_cast<int>(t.code), " of ", static_cast<int>(t.bits), " bits, ", t.lanes, " lanes");
+DType dtype_of(const dlpack::DataType& t) {
+  if (t.lanes != 1) return DType::kOther;
+  const auto is = [&t](uint8_t code, uint8_t bits) { return t.code == code && t.bits == bits; };
+  return is(dlpack::kFloat, 64)    ? DType::kFloat64
+         : is(dlpack::kFloat, 32)  ? DType::kFloat32
+         : is(dlpack::kFloat, 16)  ? DType::kFloat16
+         : is(dlpack::kBfloat, 16) ? DType::kBFloat16
+         : is(dlpack::kInt, 64)    ? DType::kInt64
+         : is(dlpack::kInt, 32)    ? DType::kInt32
+         : is(dlpack::kInt, 16)    ? DType::kInt16
+         : is(dlpack::kInt, 8)     ? DType::kInt8
+         : is(dlpack::kUInt, 8)    ? DType::kUInt8
+         : is(dlpack::kBool, 8)    ? DType::kBool
+                                   : DType::kOther;
 }
 
 Tensor view_of_dlpack(const char* op, const char* name, const py::object& array, int64_t stream,
@@ -131,7 +135,7 @@ Tensor view_of_dlpack(const char* op, const char* name, const py::object& array,
   } else {
     refuse(op, ": ", name, " must give a DLPack capsule that was not used before");
   }
-  view.dtype = dtype_of(op, name, from->dtype);
+  view.dtype = dtype_of(from->dtype);
   view.data = static_cast<char*>(from->data) + from->byte_offset;
   switch (from->device.type) {
     case dlpack::kCpu:

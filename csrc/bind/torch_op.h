@@ -28,13 +28,17 @@ inline DType dtype_from(ScalarType type) {
       return DType::kInt64;
     case ScalarType::Bool:
       return DType::kBool;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Short:
+      return DType::kInt16;
+    case ScalarType::Char:
+      return DType::kInt8;
+    case ScalarType::Byte:
+      return DType::kUInt8;
     default:
-      break;
+      return DType::kOther;
   }
-  refuse(
-      "synergen_ext: tensors must be float64, float32, bfloat16, float16, int64 or bool, got torch "
-      "dtype number ",
-      static_cast<int>(type));
 }
 
 inline ScalarType dtype_to(DType dtype) {
@@ -50,9 +54,10 @@ inline ScalarType dtype_to(DType dtype) {
     case DType::kInt64:
       return ScalarType::Long;
     case DType::kBool:
-      break;
+      return ScalarType::Bool;
+    default:
+      throw std::logic_error("dtype_to: no kernel makes this dtype");
   }
-  return ScalarType::Bool;
 }
 
 inline Tensor view_of(const TorchTensor& t) {

@@ -3,21 +3,10 @@
 namespace synergen {
 
 const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return "float64";
-    case DType::kFloat32:
-      return "float32";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kFloat16:
-      return "float16";
-    case DType::kInt64:
-      return "int64";
-    case DType::kBool:
-      return "bool";
-  }
-  return "unknown";
+  static const char* const names[] = {"float64", "float32", "bfloat16",     "float16",
+                                      "int64",   "bool",    "int32",        "int16",
+                                      "int8",    "uint8",   "another dtype"};
+  return names[static_cast<int>(dtype)];
 }
 
 std::string to_string(const Sizes& sizes) {

@@ -12,7 +12,20 @@
 
 namespace synergen {
 
-enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64, kBool };
+// Kernels take the first six; the others have names so that a refusal can say what came.
+enum class DType : int32_t {
+  kFloat64,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt64,
+  kBool,
+  kInt32,
+  kInt16,
+  kInt8,
+  kUInt8,
+  kOther,
+};
 
 // Storage only: arithmetic happens in float or double after conversion.
 struct bf16 {
