@@ -29,6 +29,20 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "Tensor)");
   m.def("fold_ids(Tensor ids, int m, int n) -> Tensor");
   m.def("unfold_ids(Tensor ids, SymInt h, SymInt w, int m, int n) -> Tensor");
+  m.def(
+      "expert_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor expert_index, "
+      "Tensor? expert_weight) -> Tensor");
+  m.def(
+      "expert_ffn_train(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor expert_index, "
+      "Tensor? expert_weight) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "expert_ffn_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, "
+      "Tensor expert_index, Tensor? expert_weight, Tensor? gate_pre, Tensor? up_pre, bool need_x, "
+      "bool need_experts, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor seed, Tensor position, Tensor? uncond_logits=None, "
+      "Tensor? guidance=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
@@ -39,6 +53,10 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
   m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
   m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
+  m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
+  m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
+  m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
+  m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 
 // Ops without a CUDA kernel run their reference on CUDA tensors: synergen_ext/ops/_backend.py
@@ -61,6 +79,18 @@ PYBIND11_MODULE(_C, m) {
                     arg("n"));
   SYNERGEN_ARRAY_OP(kernels, fold_ids, arg("ids"), arg("m"), arg("n"));
   SYNERGEN_ARRAY_OP(kernels, unfold_ids, arg("ids"), arg("h"), arg("w"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, expert_ffn, arg("x"), arg("gate"), arg("up"), arg("down"),
+                    arg("expert_index"), arg("expert_weight") = py::none());
+  SYNERGEN_ARRAY_OP(kernels, expert_ffn_train, arg("x"), arg("gate"), arg("up"), arg("down"),
+                    arg("expert_index"), arg("expert_weight") = py::none());
+  SYNERGEN_ARRAY_OP(kernels, expert_ffn_backward, arg("dy"), arg("x"), arg("gate"), arg("up"),
+                    arg("down"), arg("expert_index"), arg("expert_weight") = py::none(),
+                    arg("gate_pre") = py::none(), arg("up_pre") = py::none(), arg("need_x") = true,
+                    arg("need_experts") = true, arg("need_weight") = true);
+  SYNERGEN_ARRAY_OP(kernels, sample_tokens, arg("logits"), arg("seed"), arg("position"),
+                    arg("uncond_logits") = py::none(), arg("guidance") = py::none(),
+                    arg("temperature") = py::none(), arg("top_k") = py::none(),
+                    arg("top_p") = py::none());
 
   m.def("build_info", [] {
     py::dict info;

@@ -80,13 +80,66 @@ struct FoldIdsParams {
   bool unfold;  // windows to raster
 };
 
+// y_t = sum_j weight_tj * down[e] (silu(gate[e] x_t) * (up[e] x_t)), e = index_tj. Indices >=
+// experts add nothing.
+struct ExpertFfnParams {
+  DType dtype;         // of x, y, gate_pre and up_pre
+  DType expert_dtype;  // of gate, up and down: as dtype, or float32
+  DType weight_dtype;  // of weight: as dtype, or float32
+  int64_t tokens, top_k, dim, hidden, experts;
+  const void* x;  // [tokens, dim]
+  int64_t x_strides[2];
+  const void *gate, *up, *down;  // [experts, hidden, dim] twice, [experts, dim, hidden]
+  int64_t gate_strides[3], up_strides[3], down_strides[3];
+  const int64_t* index;  // [tokens, top_k], none negative
+  int64_t index_strides[2];
+  const void* weight;  // [tokens, top_k], or null: all ones
+  int64_t weight_strides[2];
+  void* y;  // [tokens, dim], contiguous, or null: only gate_pre and up_pre are wanted
+  void *gate_pre,
+      *up_pre;  // gate[e] x_t and up[e] x_t, [tokens * top_k, hidden], contiguous; or null
+};
+
+// The gradients of expert_ffn, each contiguous and shaped like what it belongs to, or null where
+// not wanted. y is not used; gate_pre and up_pre are read, or computed again where null.
+struct ExpertFfnBackwardParams : ExpertFfnParams {
+  const void* dy;  // [tokens, dim], dtype of x
+  int64_t dy_strides[2];
+  void *dx, *dgate, *dup, *ddown, *dweight;
+};
+
+// One argument a row, or one for all rows (stride 0), or none: the default.
+template <class T>
+struct PerRow {
+  const T* data = nullptr;
+  int64_t stride = 0;
+  SYNERGEN_HD T at(int64_t row, T otherwise) const { return data ? data[row * stride] : otherwise; }
+};
+
+// ids[r] ~ softmax(l / temperature) over the top_k and top_p survivors, l = u + guidance * (c - u).
+struct SampleTokensParams {
+  DType dtype;  // of logits and uncond
+  int64_t rows, vocab;
+  const void* logits;  // [rows, vocab]
+  int64_t logits_strides[2];
+  const void* uncond;  // [rows, vocab], or null
+  int64_t uncond_strides[2];
+  PerRow<int64_t> seed, position, top_k;        // top_k 0: off
+  PerRow<double> guidance, temperature, top_p;  // temperature 0: argmax
+  int64_t* ids;                                 // [rows]
+  bool* valid;  // [rows]; false where the logits hold NaN, +infinity, or nothing finite
+};
+
 #define SYNERGEN_CPU_KERNELS(X)                     \
   X(rms_norm, RmsNormParams)                        \
   X(rms_norm_backward, RmsNormBackwardParams)       \
   X(rope, RopeParams)                               \
   X(fold_tokens, FoldTokensParams)                  \
   X(fold_tokens_backward, FoldTokensBackwardParams) \
-  X(fold_ids, FoldIdsParams)
+  X(fold_ids, FoldIdsParams)                        \
+  X(expert_ffn, ExpertFfnParams)                    \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
+  X(sample_tokens, SampleTokensParams)
 
 #define SYNERGEN_CUDA_KERNELS(X)   \
   X(fold_tokens, FoldTokensParams) \

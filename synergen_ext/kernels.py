@@ -15,20 +15,28 @@ from ._build import load
 
 _kernels = load().kernels
 
+expert_ffn = _kernels.expert_ffn
+expert_ffn_backward = _kernels.expert_ffn_backward
+expert_ffn_train = _kernels.expert_ffn_train
 fold_ids = _kernels.fold_ids
 fold_tokens = _kernels.fold_tokens
 fold_tokens_backward = _kernels.fold_tokens_backward
 rms_norm = _kernels.rms_norm
 rms_norm_backward = _kernels.rms_norm_backward
 rope = _kernels.rope
+sample_tokens = _kernels.sample_tokens
 unfold_ids = _kernels.unfold_ids
 
 __all__ = [
+    "expert_ffn",
+    "expert_ffn_backward",
+    "expert_ffn_train",
     "fold_ids",
     "fold_tokens",
     "fold_tokens_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope",
+    "sample_tokens",
     "unfold_ids",
 ]

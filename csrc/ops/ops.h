@@ -23,4 +23,25 @@ std::tuple<Tensor, Tensor> fold_tokens_backward(Call& call, const Tensor& dy, co
 Tensor fold_ids(Call& call, const Tensor& ids, int64_t m, int64_t n);
 Tensor unfold_ids(Call& call, const Tensor& ids, int64_t h, int64_t w, int64_t m, int64_t n);
 
+Tensor expert_ffn(Call& call, const Tensor& x, const Tensor& gate, const Tensor& up,
+                  const Tensor& down, const Tensor& expert_index,
+                  const std::optional<Tensor>& expert_weight);
+std::tuple<Tensor, Tensor, Tensor> expert_ffn_train(Call& call, const Tensor& x, const Tensor& gate,
+                                                    const Tensor& up, const Tensor& down,
+                                                    const Tensor& expert_index,
+                                                    const std::optional<Tensor>& expert_weight);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
+    Call& call, const Tensor& dy, const Tensor& x, const Tensor& gate, const Tensor& up,
+    const Tensor& down, const Tensor& expert_index, const std::optional<Tensor>& expert_weight,
+    const std::optional<Tensor>& gate_pre, const std::optional<Tensor>& up_pre, bool need_x,
+    bool need_experts, bool need_weight);
+
+std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const Tensor& seed,
+                                         const Tensor& position,
+                                         const std::optional<Tensor>& uncond_logits,
+                                         const std::optional<Tensor>& guidance,
+                                         const std::optional<Tensor>& temperature,
+                                         const std::optional<Tensor>& top_k,
+                                         const std::optional<Tensor>& top_p);
+
 }  // namespace synergen

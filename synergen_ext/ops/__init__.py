@@ -9,18 +9,22 @@ Each goes to the compiled kernel (``synergen::<op>``), or to its slow twin in `r
 
 from . import reference
 from ._backend import backend, current_backend, set_backend
+from .expert_ffn import expert_ffn
 from .fold_tokens import fold_ids, fold_tokens, unfold_ids
 from .rms_norm import rms_norm
 from .rope import rope
+from .sample_tokens import sample_tokens
 
 __all__ = [
     "backend",
     "current_backend",
+    "expert_ffn",
     "fold_ids",
     "fold_tokens",
     "reference",
     "rms_norm",
     "rope",
+    "sample_tokens",
     "set_backend",
     "unfold_ids",
 ]

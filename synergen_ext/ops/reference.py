@@ -72,3 +72,145 @@ def fold_ids(ids: Tensor, m: int, n: int) -> Tensor:
 def unfold_ids(ids: Tensor, h: int, w: int, m: int, n: int) -> Tensor:
     windows = ids.reshape(-1, h // m, w // n, m, n).transpose(2, 3)
     return windows.reshape(-1, h, w)
+
+
+def expert_ffn(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None = None,
+) -> Tensor:
+    return expert_ffn_train(x, gate, up, down, expert_index, expert_weight)[0]
+
+
+def expert_ffn_train(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expert_ffn`, and what its backward pass keeps: gate[e] x and up[e] x of each pair (t, j)."""
+    index = expert_index if expert_index.dim() == 2 else expert_index[:, None]  # [T, k]
+    wide, hidden = _wide(x), gate.shape[1]
+    y = torch.zeros_like(wide)
+    gate_pre = wide.new_zeros(index.numel(), hidden)
+    up_pre = wide.new_zeros(index.numel(), hidden)
+    for e in range(gate.shape[0]):
+        t, j = torch.where(index == e)
+        pair = t * index.shape[1] + j
+        g, u = F.linear(wide[t], _wide(gate[e])), F.linear(wide[t], _wide(up[e]))
+        out = F.linear(F.silu(g) * u, _wide(down[e]))
+        if expert_weight is not None:
+            out = out * _wide(expert_weight.reshape(index.shape)[t, j])[:, None]
+        y = y.index_add(0, t, out)
+        gate_pre[pair], up_pre[pair] = g.detach(), u.detach()
+    return y.to(x.dtype), gate_pre.to(x.dtype), up_pre.to(x.dtype)
+
+
+def expert_ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None,
+    gate_pre: Tensor | None,
+    up_pre: Tensor | None,
+    need_x: bool,
+    need_experts: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `expert_ffn`, by differentiating it again; what is not needed is empty."""
+    inputs = [x, gate, up, down, x if expert_weight is None else expert_weight]
+    needed = [need_x] + 3 * [need_experts] + [need_weight and expert_weight is not None]
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        y = expert_ffn(*leaves[:4], expert_index, None if expert_weight is None else leaves[4])
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, dy) if wanted else ())
+    dx, dgate, dup, ddown, dweight = (
+        next(found) if need else leaf.new_empty(0)
+        for leaf, need in zip(leaves, needed, strict=True)
+    )
+    return dx, dgate, dup, ddown, dweight
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): counter [..., 4] and key [..., 2] -> [..., 4]."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key.unbind(-1)
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap modulo 2^64: both halves are right
+        c0, c1 = ((b >> 32) & low) ^ c1 ^ k0, b & low
+        c2, c3 = ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def philox_word(seed: Tensor, position: Tensor) -> Tensor:
+    """One 32-bit word for each (seed, position): key = seed, counter = (position, 0)."""
+    seed, position = torch.broadcast_tensors(seed, position)
+    low, zero = 0xFFFFFFFF, torch.zeros_like(seed)
+    counter = torch.stack((position & low, (position >> 32) & low, zero, zero), -1)
+    return philox4x32(counter, torch.stack((seed & low, (seed >> 32) & low), -1))[..., 0]
+
+
+def sample_tokens(
+    logits: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    uncond_logits: Tensor | None = None,
+    guidance: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows, vocab = logits.shape
+
+    def per_row(value: Tensor | None, default: float) -> Tensor:
+        value = torch.tensor(default, device=logits.device) if value is None else value
+        return value.expand(rows)[:, None]
+
+    # 1. Guidance.
+    c = _wide(logits)
+    mixed, valid = c, ~c.isnan().any(-1)
+    if uncond_logits is not None:
+        u, s = _wide(uncond_logits), per_row(guidance, 1.0).to(c.dtype)
+        valid &= ~u.isnan().any(-1)
+        mixed = torch.where(s == 1, c, u + s * (c - u))
+        mixed = mixed.masked_fill((c == -torch.inf) | (u == -torch.inf), -torch.inf)
+    most = mixed.amax(-1, keepdim=True)
+    valid &= most[:, 0].isfinite()
+
+    # 2. Temperature. The mass of a token is an integer, so that sums are exact: V * 2^bits <= 2^62.
+    t = per_row(temperature, 1.0).double()
+    bits = min(50, 62 - (vocab - 1).bit_length())
+    z = (mixed.double() - most.double()) / torch.where(t == 0, 1.0, t)
+    mass = (z.clamp(min=-64.0).exp() * 2.0**bits).round().nan_to_num(0.0).to(torch.int64)
+    mass = mass.masked_fill(mixed == -torch.inf, 0)
+
+    # 3. Top-k, by rank. A stable sort keeps rising ids among equals.
+    order = mixed.sort(dim=-1, descending=True, stable=True).indices
+    mass = mass.gather(-1, order)
+    k, rank = per_row(top_k, 0), torch.arange(vocab, device=logits.device)
+    mass = mass.masked_fill((k > 0) & (rank >= k), 0)
+
+    # 4. Top-p: the shortest prefix that reaches p of the mass left.
+    p = per_row(top_p, 1.0).double()
+    target = (p * mass.sum(-1, keepdim=True).double()).ceil().clamp(min=1).to(torch.int64)
+    mass = mass.masked_fill((p < 1) & (mass.cumsum(-1) - mass >= target), 0)
+
+    # 5. The draw, in the order of the vocabulary: the first id where the running mass exceeds
+    # (2 word + 1) / 2^33 of the total. Products of 95 bits: Python's integers.
+    cdf = torch.zeros_like(mass).scatter(-1, order, mass).cumsum(-1)
+    words, totals = philox_word(seed, position.expand(rows)).tolist(), cdf[:, -1].tolist()
+    threshold = [(2 * w + 1) * total >> 33 for w, total in zip(words, totals, strict=True)]
+    drawn = (cdf > torch.tensor(threshold, device=logits.device)[:, None]).byte().argmax(-1)
+    ids = torch.where(t[:, 0] == 0, (mixed == most).byte().argmax(-1), drawn)
+    return torch.where(valid, ids, 0), valid

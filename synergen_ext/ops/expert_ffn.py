@@ -1,0 +1,142 @@
+"""Feed-forward experts: every token goes through the experts that its indices name."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._backend import no_second_derivative, reference_on_cuda, use_native
+
+
+def expert_ffn(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None = None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """y_t = sum_j w_tj * down[e] (silu(gate[e] x_t) * (up[e] x_t)), with e = expert_index[t, j].
+
+    With E = 2 and the index 1 where a token is visual, else 0, this is the paper's eq. 2: FFN_V(x)
+    if x is visual, FFN_T(x) otherwise. With a router's top-k indices and weights it is a general
+    mixture of experts. No token is dropped, none is padded, and an expert without tokens costs
+    nothing; its gradient is exactly zero.
+
+    Args:
+        x: [T, D], float64, float32, bfloat16 or float16, any strides. Sums are in float32 (float64
+            for float64).
+        gate, up: [E, F, D], the dtype of x or float32.
+        down: [E, D, F], the dtype of gate.
+        expert_index: int64 [T] or [T, k]. An index >= E names no expert: the pair adds zero and
+            gets no gradient (expert parallelism marks other ranks' experts so). A negative index
+            is refused.
+        expert_weight: the shape of expert_index, the dtype of x or float32; without it all weights
+            are 1.
+        recompute: where gradients are wanted, keep only the inputs for the backward pass and
+            compute gate[e] x and up[e] x again there, instead of keeping both ([T * k, F] each, the
+            dtype of x).
+
+    Returns:
+        [T, D], the dtype of x, contiguous. Two runs give the same bits, whatever the number of
+        threads.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or an index is negative.
+    """
+    if not use_native():
+        return reference.expert_ffn(x, gate, up, down, expert_index, expert_weight)
+    inputs = (x, gate, up, down, expert_weight)
+    wants_gradient = any(t is not None and t.requires_grad for t in inputs)
+    if wants_gradient and torch.is_grad_enabled() and not recompute:
+        y, _, _ = torch.ops.synergen.expert_ffn_train(
+            x, gate, up, down, expert_index, expert_weight
+        )
+        return y
+    return torch.ops.synergen.expert_ffn(x, gate, up, down, expert_index, expert_weight)
+
+
+@torch.library.register_fake("synergen::expert_ffn")
+def _fake(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("synergen::expert_ffn_train")
+def _fake_train(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pre = (expert_index.numel(), gate.shape[1])
+    return x.new_empty(x.shape), x.new_empty(pre), x.new_empty(pre)
+
+
+@torch.library.register_fake("synergen::expert_ffn_backward")
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None,
+    gate_pre: Tensor | None,
+    up_pre: Tensor | None,
+    need_x: bool,
+    need_experts: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weight = x if expert_weight is None else expert_weight
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        gate.new_empty(gate.shape if need_experts else (0,)),
+        gate.new_empty(up.shape if need_experts else (0,)),
+        gate.new_empty(down.shape if need_experts else (0,)),
+        weight.new_empty(expert_index.shape if need_weight and expert_weight is not None else (0,)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, None, None)
+
+
+def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, gate_pre, up_pre = output
+    ctx.mark_non_differentiable(gate_pre, up_pre)
+    ctx.save_for_backward(*inputs, gate_pre, up_pre)
+
+
+def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, need_gate, need_up, need_down, _, need_weight = ctx.needs_input_grad
+    dx, dgate, dup, ddown, dweight = torch.ops.synergen.expert_ffn_backward(
+        dy, *ctx.saved_tensors, need_x, need_gate or need_up or need_down, need_weight
+    )
+    return (
+        dx if need_x else None,
+        dgate if need_gate else None,
+        dup if need_up else None,
+        ddown if need_down else None,
+        None,
+        dweight if need_weight else None,
+    )
+
+
+torch.library.register_autograd("synergen::expert_ffn", _backward, setup_context=_setup)
+torch.library.register_autograd("synergen::expert_ffn_train", _backward, setup_context=_setup_train)
+no_second_derivative("expert_ffn")
+reference_on_cuda("expert_ffn", reference.expert_ffn)
+reference_on_cuda("expert_ffn_train", reference.expert_ffn_train)
+reference_on_cuda("expert_ffn_backward", reference.expert_ffn_backward)
