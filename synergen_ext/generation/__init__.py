@@ -1,0 +1,1 @@
+"""Generation: the slow oracle, and the front end that people call."""

@@ -1,0 +1,234 @@
+"""SynerGen-VL: one sequence, two modalities, next-token prediction for both (section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import ops
+from .cache import KVCache
+from .config import SynerGenConfig
+from .folding import FoldedEmbedding
+from .layers import FFN, Block, RMSNorm
+from .unfolding import UnfoldingHead
+
+WEIGHTS_FILE = "model.safetensors"
+IGNORE = -100  # label of a position without loss
+
+
+@dataclass
+class Losses:
+    """Mean next-token losses in nats; ``total = text + lambda * image`` (eq. 4). A task without targets gives 0."""
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
+
+
+class SynerGenVL(nn.Module):
+    """The whole model: embeddings, backbone with vision experts, text head, unfolding head.
+
+    Ids: ``[0, vocab_size)`` are text; the specials ``<boi>``, ``<eoi>``, ``<UNCOND>`` follow; ``config.image_id`` marks a
+    folded image token, whose embedding comes from the image ids. So a batch is ``input_ids [B, T]`` plus the image ids
+    ``[N, h, w]`` of its N pictures, in reading order.
+    """
+
+    def __init__(self, config: SynerGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.tok_embeddings = nn.Embedding(config.vocab_size, d)
+        # <boi>, <eoi>, <UNCOND>: apart from the vocabulary, so that a frozen LLM stays bit-identical.
+        self.special_embeddings = nn.Embedding(config.num_special, d)
+        self.image_embedding = FoldedEmbedding(config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.output = nn.Linear(d, config.vocab_size, bias=False)
+        self.special_output = nn.Linear(d, config.num_special, bias=False)
+        self.unfolding_head = UnfoldingHead(config)
+        self.init_weights()
+        if config.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, 0.02); matrices that write to the residual stream are divided by sqrt(2 * layers)."""
+        for name, p in self.named_parameters():
+            if p.is_meta:
+                continue
+            if p.ndim == 1:
+                nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
+                continue
+            depth = self.config.head_layers if name.startswith("unfolding_head") else self.config.num_layers
+            residual = name.endswith(("wo.weight", "down"))
+            nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if residual else 0.02)
+
+    @torch.no_grad()
+    def copy_text_experts(self) -> None:
+        """Initialise every vision expert from its layer's text FFN (section 3.2)."""
+        for block in self.layers:
+            for name in ("gate", "up", "down"):
+                getattr(block.feed_forward.vision, name).copy_(getattr(block.feed_forward.text, name))
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:
+        """Ids ``[B, T]`` and image ids ``[N, h, w]`` -> embeddings ``[B, T, D]``.
+
+        Raises:
+            ValueError: the placeholders in ``input_ids`` are not as many as the pictures' folded tokens.
+        """
+        c = self.config
+        special = (input_ids >= c.vocab_size) & (input_ids < c.image_id)
+        visual = input_ids == c.image_id
+        text = torch.where(special | visual, 0, input_ids)
+        x = F.embedding(text, self.tok_embeddings.weight)
+        specials = F.embedding(torch.where(special, input_ids - c.vocab_size, 0), self.special_embeddings.weight)
+        x = torch.where(special[..., None], specials, x)
+        if image_ids is not None and image_ids.numel():
+            folded = self.image_embedding(image_ids)  # [N, P, D]
+            slots = int(visual.sum())
+            if slots != folded.shape[0] * folded.shape[1]:
+                raise ValueError(
+                    f"embed: input_ids must hold {folded.shape[0]} x {folded.shape[1]} image positions for image_ids "
+                    f"{list(image_ids.shape)}, got {slots}"
+                )
+            x = x.masked_scatter(visual[..., None], folded.to(x.dtype))
+        elif bool(visual.any()):
+            raise ValueError("embed: input_ids hold image positions, but no image_ids were given")
+        return x
+
+    def backbone(
+        self, x: Tensor, is_image: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Embeddings ``[B, T, D]`` -> final states ``[B, T, D]`` (after the last norm).
+
+        Args:
+            is_image: bool or int64 ``[B, T]``, true where a folded image token stands.
+            positions: int64 ``[B, T]``; default: counting on from the cache.
+            mask: bool ``[B, 1, T, S]``, true where a query may look; default: causal.
+        """
+        b, t, _ = x.shape
+        if positions is None:
+            start = cache.length if cache is not None else 0
+            positions = torch.arange(start, start + t, device=x.device).expand(b, t)
+        expert = is_image.long()
+        for layer, block in enumerate(self.layers):
+            x = block(x, positions, expert, mask, cache, layer)
+        if cache is not None:
+            cache.advance(t)
+        return self.norm(x)
+
+    def text_logits(self, states: Tensor) -> Tensor:
+        """States ``[..., D]`` -> logits over text and specials ``[..., vocab_size + 3]``."""
+        return torch.cat((self.output(states), self.special_output(states)), dim=-1)
+
+    def states(self, input_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:
+        """Final states ``[B, T, D]`` of whole sequences, uncached."""
+        return self.backbone(self.embed(input_ids, image_ids), input_ids == self.config.image_id)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, image_ids: Tensor | None = None, paint: Tensor | None = None
+    ) -> Losses:
+        """Training losses of right-padded sequences.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            labels: int64 ``[B, T]``, the id to be predicted *at* each position (not shifted), or -100.
+            image_ids: int64 ``[N, h, w]``, the pictures in reading order.
+            paint: bool ``[N]``, which pictures carry the image loss (generation samples); default: none.
+        """
+        h = self.states(input_ids, image_ids)
+        # The state before a position predicts it, for both modalities.
+        before, wanted = h[:, :-1], labels[:, 1:]
+        chosen = wanted != IGNORE
+        text = image = h.sum() * 0
+        if bool(chosen.any()):
+            text = F.cross_entropy(self.text_logits(before[chosen]).float(), wanted[chosen])
+        if image_ids is not None and paint is not None and bool(paint.any()):
+            n, p = len(image_ids), self.config.folded_length(*image_ids.shape[1:])
+            visual = input_ids[:, 1:] == self.config.image_id
+            patch_states = before[visual].view(n, p, -1)[paint].flatten(0, 1)  # [n'*P, D]
+            targets = ops.fold_ids(image_ids[paint], *self.config.fold).flatten(0, 1)  # [n'*P, m*n]
+            logits = self.unfolding_head(patch_states, targets)
+            image = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return Losses(text + self.config.image_loss_weight * image, text, image)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c, w = self.config, self.tok_embeddings.weight
+        return KVCache(c.num_layers, batch, c.num_kv_heads, capacity, c.head_dim, w.dtype, w.device)
+
+    # ---- counting ---------------------------------------------------------------------------------------------
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Parameters in all, or those that work on any one token (one FFN of the two in each layer)."""
+        total = sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for block in self.layers for p in block.feed_forward.vision.parameters())
+        return total - experts if active else total
+
+    def step_parameters(self) -> tuple[int, int]:
+        """Matrix parameters read by one backbone step and by one head step (the floor of decoding is their bytes)."""
+        block = self.layers[0]
+        backbone = sum(p.numel() for p in block.attention.parameters()) + _size(block.feed_forward.vision)
+        head = sum(p.numel() for b in self.unfolding_head.layers for p in b.parameters())
+        return backbone * len(self.layers), head + self.unfolding_head.classifier.weight.numel()
+
+    # ---- files ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors``, the weights cast to ``dtype`` if given."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save(folder)
+        state = {k: v.detach().to(dtype or v.dtype).clone(memory_format=torch.contiguous_format) for k, v in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del state["output.weight"]
+        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> SynerGenVL:
+        """Load what ``save_pretrained`` wrote, in the stored dtype or in ``dtype``.
+
+        Raises:
+            FileNotFoundError: no config or no weights.
+            ValueError: broken file, missing or surplus weights, or wrong shapes, by name.
+        """
+        folder = Path(folder)
+        config = SynerGenConfig.load(folder)
+        path = folder / WEIGHTS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"model: no {WEIGHTS_FILE} in {folder}")
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = {k: v.shape for k, v in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            del wanted["output.weight"]
+        try:
+            with safe_open(str(path), "pt") as f:
+                found = {k: torch.Size(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as e:
+            raise ValueError(f"model: {path} is not a safetensors file: {e}") from e
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                shapes = [list(s[name]) if name in s else "nothing" for s in (wanted, found)]
+                raise ValueError(f"model: {name} must be {shapes[0]}, got {shapes[1]} in {path}")
+        state = load_file(str(path))
+        if dtype is not None:
+            state = {k: v.to(dtype) for k, v in state.items()}
+        if config.tie_word_embeddings:
+            state["output.weight"] = state["tok_embeddings.weight"]
+        model.load_state_dict(state, assign=True)
+        if config.tie_word_embeddings:
+            model.output.weight = model.tok_embeddings.weight
+        return model.eval()
+
+
+def _size(ffn: FFN) -> int:
+    return sum(p.numel() for p in ffn.parameters())

@@ -1,0 +1,42 @@
+"""The same ops on PyTorch's own kernels, in the dtype that autocast chooses: what the native kernels race against.
+
+`reference` computes wide to be the truth; this backend computes as a good PyTorch program would. Signatures are
+those of the public functions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .reference import fold_ids, fold_tokens, unfold_ids
+
+__all__ = ["expert_ffn", "fold_ids", "fold_tokens", "rms_norm", "rope", "unfold_ids"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 1e6) -> tuple[Tensor, Tensor]:
+    return reference.rope(q, k, positions, theta)
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def expert_ffn(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, expert_index: Tensor, expert_weight: Tensor | None = None
+) -> Tensor:
+    experts, width = gate.shape[0], x.shape[-1]
+    index = expert_index.reshape(len(x), -1)
+    weight = None if expert_weight is None else expert_weight.reshape(index.shape)
+    y = torch.zeros(len(x), width, dtype=torch.float32 if x.dtype != torch.float64 else x.dtype, device=x.device)
+    for e in range(experts):
+        token, slot = (index == e).nonzero(as_tuple=True)
+        out = swiglu(x[token], gate[e], up[e], down[e]).to(y.dtype)
+        if weight is not None:
+            out = out * weight[token, slot, None]
+        y = y.index_add(0, token, out)
+    return y.to(x.dtype)

@@ -1,0 +1,194 @@
+"""Pixels <-> image token ids: Emu3's VQ tokenizer on its exact one-frame path.
+
+Emu3's tokenizer is a video model. transformers encodes a picture as ``temporal_downsample_factor`` (4) copies of
+itself and decodes 4 frames to keep the first. Everything before the temporal layers works frame by frame, and the
+temporal convolutions are causal, so one spatial pass gives the same ids and the same first frame: the equality
+is a test (``test_image_tokenizer.py``), the saving is 4x of nearly all the work.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+CONFIG_FILE = "image_tokenizer.json"
+WEIGHTS_FILE = "image_tokenizer.safetensors"
+#: Largest picture side accepted, in pixels: 4096 x 4096 is 262,144 ids, 64 pictures of the paper's size.
+MAX_SIDE = 4096
+
+
+class ImageTokenizer(nn.Module):
+    """Emu3's VQ tokenizer for single pictures.
+
+    Args:
+        config: transformers' ``Emu3VQVAEConfig``; the defaults are the published 270 M-parameter tokenizer.
+    """
+
+    def __init__(self, config: Emu3VQVAEConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or Emu3VQVAEConfig()
+        self.vq = Emu3VQVAE(self.config)
+        self.vq.eval()
+
+    @property
+    def codebook_size(self) -> int:
+        return int(self.config.codebook_size)
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side of one token (paper: p = 8)."""
+        return int(self.vq.spatial_scale_factor)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels ``[B, 3, H, W]`` in [-1, 1] -> unquantised latents ``[B, c, H/p, W/p]``."""
+        encoder = self.vq.encoder
+        h = encoder.conv_in(pixels)
+        h = encoder.down_block(h)
+        h = encoder.middle_block(h)
+        h = encoder.norm_out(h)
+        h = encoder.conv_out(h * torch.sigmoid(h))
+        # [B, c, h, w] -> [B, c, T, h, w]: the frames of a still picture differ only from here on.
+        h = h.unsqueeze(2).repeat(1, 1, self.config.temporal_downsample_factor, 1, 1)
+        for conv in encoder.time_conv:
+            h = conv(h)
+            h = h * torch.sigmoid(h)
+        for layer in encoder.time_res_stack:
+            h = layer(h)
+        return self.vq.quant_conv(h)[:, :, 0]
+
+    def pixels(self, quantised: Tensor) -> Tensor:
+        """Code vectors ``[B, c, h, w]`` -> pixels ``[B, 3, p*h, p*w]``, about [-1, 1] (not clamped)."""
+        decoder = self.vq.decoder
+        quant = quantised.unsqueeze(2)
+        h = torch.cat((self.vq.post_quant_conv(quant), quant), dim=0)
+        for layer in decoder.time_res_stack:
+            h = layer(h)
+        for layer in decoder.time_conv:
+            # Frame 0 of the doubled sequence sees only itself and the causal padding.
+            h = layer.conv(h)
+            h = h * torch.sigmoid(h)
+        h, quant = h[:, :, 0].chunk(2, dim=0)
+        h = decoder.conv_in(h)
+        h = decoder.middle_block(h, quant)
+        h = decoder.up_block(h, quant)
+        h = decoder.norm_out(h, quant)
+        return decoder.conv_out(h * torch.sigmoid(h))
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Latents ``[B, c, h, w]`` -> ids ``[B, h, w]`` of the nearest codes (lowest id on a tie)."""
+        return self.vq.quantize(latents.unsqueeze(1))[:, 0]
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Ids ``[B, h, w]`` -> code vectors ``[B, c, h, w]``."""
+        return self.vq.quantize.embedding(ids).permute(0, 3, 1, 2).contiguous()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels ``[B, 3, H, W]`` in [-1, 1] -> int64 ids ``[B, H/p, W/p]`` in raster order.
+
+        Raises:
+            ValueError: not three channels, or a side that is not a positive multiple of the stride.
+        """
+        p = self.stride
+        b, c, h, w = _shape4(pixels)
+        if c != self.config.in_channels or h % p or w % p or not 0 < h <= MAX_SIDE or not 0 < w <= MAX_SIDE:
+            raise ValueError(
+                f"encode: pixels must be [B, {self.config.in_channels}, H, W] with H and W multiples of {p} up to "
+                f"{MAX_SIDE}, got {list(pixels.shape)}"
+            )
+        if b == 0:
+            return torch.empty(0, h // p, w // p, dtype=torch.long, device=pixels.device)
+        return self.nearest(self.latents(pixels.to(self.vq.dtype)))
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids ``[B, h, w]`` -> pixels ``[B, 3, p*h, p*w]`` clamped to [-1, 1].
+
+        Raises:
+            ValueError: ids outside the codebook.
+        """
+        if ids.ndim != 3:
+            raise ValueError(f"decode: ids must be [B, h, w], got {list(ids.shape)}")
+        if ids.numel() == 0:
+            b, h, w = ids.shape
+            return torch.empty(b, 3, h * self.stride, w * self.stride, device=ids.device)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.codebook_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"decode: ids must be in [0, {self.codebook_size}), got {bad}")
+        return self.pixels(self.lookup(ids)).clamp(-1, 1)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the config and the weights (safetensors), the weights cast to ``dtype`` if given."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_diff_dict(), indent=1, sort_keys=True) + "\n")
+        state = {
+            k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous()
+            for k, v in self.vq.state_dict().items()
+        }
+        save_file(state, str(folder / WEIGHTS_FILE))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
+        """Load what ``save_pretrained`` wrote; weights come back in float32.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the config or the weights do not fit the class.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"image tokenizer: no {name} in {folder}")
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+        model = cls(Emu3VQVAEConfig(**{k: v for k, v in config.items() if k in _CONFIG_KEYS}))
+        state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(str(folder / WEIGHTS_FILE)).items()}
+        try:
+            model.vq.load_state_dict(state)
+        except RuntimeError as e:
+            raise ValueError(f"image tokenizer: {folder / WEIGHTS_FILE} does not fit its config: {e}") from e
+        return model
+
+
+_CONFIG_KEYS = (
+    "codebook_size", "embed_dim", "latent_channels", "double_latent", "in_channels", "out_channels",
+    "temporal_downsample_factor", "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions",
+    "hidden_size", "num_attention_heads", "attention_dropout",
+)  # fmt: skip
+
+
+def _shape4(pixels: Tensor) -> tuple[int, int, int, int]:
+    if pixels.ndim != 4:
+        raise ValueError(f"encode: pixels must be [B, 3, H, W], got {list(pixels.shape)}")
+    b, c, h, w = pixels.shape
+    return b, c, h, w
+
+
+def to_pixels(images: Any) -> Tensor:
+    """uint8 pictures ``[B, H, W, 3]`` (numpy or tensor) -> float32 ``[B, 3, H, W]`` in [-1, 1]."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Float pixels ``[B, 3, H, W]`` in [-1, 1] -> uint8 ``[B, H, W, 3]``."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def box_psnr(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB inside ``mask`` ``[B, H, W]`` of uint8 pictures ``[B, H, W, 3]``, one a picture."""
+    se = ((a.float() - b.float()) ** 2).mean(-1) * mask
+    mse = se.sum((1, 2)) / mask.sum((1, 2)).clamp_min(1)
+    return 10 * torch.log10(255.0**2 / mse.clamp_min(1e-6))
+
+
+def downsample(pixels: Tensor, factor: int) -> Tensor:
+    """Mean over ``factor`` x ``factor`` blocks."""
+    return F.avg_pool2d(pixels, factor)

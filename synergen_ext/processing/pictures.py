@@ -1,0 +1,68 @@
+"""Picture files from people: opened within bounds, turned upright, flattened on white."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+#: Most pixels that are decoded: 64 Mi is a picture of 8192 x 8192, 192 MiB of RGB.
+MAX_PIXELS = 64 * 2**20
+#: Formats that Pillow decodes itself; others (EPS) would start another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Open one picture file as RGB.
+
+    The size is checked before any pixel is decoded. EXIF orientation is applied, transparency is laid on white, and
+    of an animation the first frame is taken.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file, not a picture in one of ``FORMATS``, broken, or more than ``MAX_PIXELS`` pixels.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"picture {path} is not there")
+    if not path.is_file():
+        raise ValueError(f"picture {path} is not a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower
+            with Image.open(path, formats=FORMATS) as probe:
+                _check_size(path, *probe.size)
+                probe.verify()
+            with Image.open(path, formats=FORMATS) as picture:
+                return _upright_rgb(picture)
+    except PictureTooLarge:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureTooLarge(f"picture {path} must have at most {MAX_PIXELS} pixels, got far more") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"picture {path} is not a picture in {', '.join(FORMATS)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error...
+        raise ValueError(f"picture {path} is broken: {error}") from error
+
+
+class PictureTooLarge(ValueError):
+    """More pixels than ``MAX_PIXELS``."""
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise PictureTooLarge(f"picture {path} must have at most {MAX_PIXELS} pixels, got {width} x {height}")
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
+        return picture.point(lambda v: v * (1 / 256)).convert("L").convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture)
+    return picture.convert("RGB")

@@ -1,0 +1,1 @@
+"""Training: recipes, data, stages, the loop, checkpoints."""

@@ -1,0 +1,138 @@
+"""One stage: steps that mix all tasks, logging, resumable state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..model import SynerGenVL
+from .checkpoints import flatten_optimizer, load_state, prefixed, restore_optimizer, save_state, without_prefix
+from .data import Batch, SceneBatches
+from .recipe import Recipe, StageRecipe
+from .stages import learning_rate, make_optimizer
+
+OnStep = Callable[[str, int, dict[str, float]], None]
+
+
+class Average:
+    """Exponential moving average of the trained weights; early steps count more: decay_t = min(decay, (1+t)/(10+t))."""
+
+    def __init__(self, named: dict[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.weights = {k: v.detach().clone() for k, v in named.items()}
+
+    @torch.no_grad()
+    def update(self, named: dict[str, Tensor], step: int) -> None:
+        keep = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.weights.values()), [named[k].detach() for k in self.weights], 1 - keep)
+
+    @torch.no_grad()
+    def store(self, named: dict[str, Tensor]) -> None:
+        """Write the averages into the model."""
+        for k, v in self.weights.items():
+            named[k].copy_(v)
+
+
+def _batches(batches: SceneBatches, stage: StageRecipe, step: int) -> list[tuple[str, Batch]]:
+    out = []
+    if stage.paint:
+        out.append(("paint", batches.paint(step, stage.paint)))
+    if stage.describe:
+        out.append(("describe", batches.describe(step, stage.describe, stage.questions)))
+    if stage.text:
+        out.append(("text", batches.text(step, stage.text, stage.questions)))
+    return out
+
+
+def train_step(
+    model: SynerGenVL, optimizer: torch.optim.Optimizer, tasks: list[tuple[str, Batch]], clip: float, bfloat16: bool
+) -> dict[str, float]:
+    """One update from all tasks: the sum of their losses (eq. 4). Returns the losses and the gradient norm.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; the weights are as before the step.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    figures: dict[str, float] = {}
+    for name, batch in tasks:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            losses = model(batch.input_ids, batch.labels, batch.image_ids, batch.paint)
+        losses.total.backward()
+        figures[f"{name}/text"] = float(losses.text.detach())
+        if name == "paint":
+            figures["paint/image"] = float(losses.image.detach())
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
+    if not torch.isfinite(torch.tensor([norm, *figures.values()])).all():
+        raise FloatingPointError(f"losses {figures}, gradient norm {norm}")
+    optimizer.step()
+    figures["gradient_norm"] = norm
+    return figures
+
+
+def run_stage(
+    model: SynerGenVL, recipe: Recipe, index: int, batches: SceneBatches, state_file: Path,
+    on_step: OnStep | None = None, on_sample: Callable[[str, int], None] | None = None,
+) -> None:  # fmt: skip
+    """Train one stage to its end, resuming from ``state_file`` if it holds this stage.
+
+    The same recipe gives the same weights, interrupted or not (same machine, thread count and versions).
+    """
+    stage = recipe.stages[index]
+    start, average = 0, None
+    tensors: dict[str, Tensor] = {}
+    if state_file.is_file():
+        tensors, meta = load_state(state_file)
+        if meta["stage"] == stage.name:
+            start = int(meta["step"])
+            model.load_state_dict(without_prefix("model", tensors))
+    if start == 0 and stage.copy_experts:
+        model.copy_text_experts()
+    optimizer = make_optimizer(model, stage)
+    named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if stage.ema:
+        average = Average(named, stage.ema)
+    if start:
+        restore_optimizer(optimizer, tensors)
+        if average:
+            average.weights = without_prefix("average", tensors)
+    del tensors
+    model.train()
+    with ops.backend("eager"):
+        for step in range(start, stage.steps):
+            rate = learning_rate(stage, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            began = time.perf_counter()
+            tasks = _batches(batches, stage, step)
+            figures = train_step(model, optimizer, tasks, stage.clip, recipe.bfloat16)
+            if average:
+                average.update(named, step)
+            seconds = time.perf_counter() - began
+            figures["learning_rate"] = rate
+            figures["tokens_per_second"] = sum(b.tokens for _, b in tasks) / seconds
+            figures["samples_per_second"] = sum(len(b.input_ids) for _, b in tasks) / seconds
+            if on_step:
+                on_step(stage.name, step, figures)
+            done = step + 1
+            if done % recipe.save_every == 0 and done < stage.steps:
+                _save(state_file, model, optimizer, average, stage.name, done)
+            if on_sample and recipe.sample_every and done % recipe.sample_every == 0:
+                on_sample(stage.name, done)
+    if average:
+        average.store(named)
+    model.eval()
+
+
+def _save(
+    path: Path, model: SynerGenVL, optimizer: torch.optim.Optimizer, average: Average | None, stage: str, step: int
+) -> None:
+    tensors = {**prefixed("model", model.state_dict()), **flatten_optimizer(optimizer)}
+    if average:
+        tensors |= prefixed("average", average.weights)
+    save_state(path, tensors, {"stage": stage, "step": step})

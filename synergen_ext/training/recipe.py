@@ -1,0 +1,149 @@
+"""A recipe is one YAML file: the model, its tokenizers, its data and the stages, in the order they run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from ..model.config import SynerGenConfig
+from .tokenizer import TokenizerRecipe
+
+MAX_RECIPE_BYTES = 1 << 20
+
+#: What a stage may train. The paper's stage 1 is ``vision``, stage 2 adds ``attention``, tuning adds the rest.
+PARTS = ("vision", "attention", "language_model")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass
+class DataRecipe:
+    """Scenes: how many are tokenised (each is seen several times, with other words), and from which stream."""
+
+    scenes: int = 100_000
+    seed: int = 1
+    text_vocab: int = 512
+
+
+@dataclass
+class StageRecipe:
+    """One stage. Batch sizes are sequences a step; all tasks with a size above 0 stand in every step."""
+
+    name: str
+    train: list[str]
+    steps: int
+    learning_rate: float
+    schedule: str = "constant"
+    warmup: int = 50
+    weight_decay: float = 0.05
+    paint: int = 0  # caption -> picture
+    describe: int = 0  # picture + questions -> answers
+    text: int = 0  # words only
+    questions: int = 3  # question-answer pairs a picture
+    unconditional: float = 0.1  # share of captions replaced by <UNCOND> (guidance)
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.0  # decay of the averaged weights that the stage ends with; 0 keeps the last weights
+    copy_experts: bool = False  # begin by copying every text FFN to its vision expert
+
+    def __post_init__(self) -> None:
+        unknown = [p for p in self.train if p not in PARTS]
+        if unknown or not self.train:
+            raise ValueError(f"stage {self.name}: train must list some of {', '.join(PARTS)}, got {self.train}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"stage {self.name}: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.steps <= 0 or min(self.paint, self.describe, self.text) < 0 or self.paint + self.describe + self.text == 0:
+            raise ValueError(f"stage {self.name}: needs steps > 0 and a batch size > 0 for some task")
+        if not 0 <= self.unconditional <= 1 or not 0 <= self.ema < 1:
+            raise ValueError(f"stage {self.name}: unconditional must be in [0, 1] and ema in [0, 1)")
+
+
+@dataclass
+class Recipe:
+    name: str
+    model: dict[str, Any]  # preset, and fields of SynerGenConfig to change
+    tokenizer: TokenizerRecipe
+    data: DataRecipe
+    stages: list[StageRecipe]
+    seed: int = 0
+    bfloat16: bool = True  # autocast; weights and optimizer stay float32
+    save_every: int = 250  # steps between resumable checkpoints
+    sample_every: int = 500  # steps between sample pictures; 0: none
+
+    def config(self, vocab_size: int, codebook_size: int) -> SynerGenConfig:
+        """The model's config, with the sizes that the trained tokenizers decide."""
+        changes = dict(self.model)
+        preset = changes.pop("preset", "demo")
+        return SynerGenConfig.preset(preset, **{**changes, "vocab_size": vocab_size, "codebook_size": codebook_size})
+
+
+def _fill(cls: type, data: Any, where: str) -> Any:
+    """A dataclass from a mapping, with every wrong name or type refused by its place in the file."""
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe: {where} must be a mapping, got {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise ValueError(f"recipe: {where} has no field {unknown[0]!r}; known: {', '.join(fields)}")
+    needed = [
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [n for n in needed if n not in data]:
+        raise ValueError(f"recipe: {where} lacks {missing[0]!r}")
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in data.items():
+        kind = hints[name]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if kind in (int, float, str, bool) and type(value) is not kind:
+            raise ValueError(f"recipe: {where}.{name} must be {kind.__name__}, got {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def parse_recipe(data: Any) -> Recipe:
+    """A recipe from parsed YAML.
+
+    Raises:
+        ValueError: an unknown or missing field, a wrong type or value, by name.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe: the file must hold a mapping, got {type(data).__name__}")
+    data = dict(data)
+    data["tokenizer"] = _fill(TokenizerRecipe, data.get("tokenizer", {}), "tokenizer")
+    data["data"] = _fill(DataRecipe, data.get("data", {}), "data")
+    stages = data.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise ValueError("recipe: stages must be a list with at least one stage")
+    data["stages"] = [_fill(StageRecipe, s, f"stages[{i}]") for i, s in enumerate(stages)]
+    recipe: Recipe = _fill(Recipe, data, "recipe")
+    names = [s.name for s in recipe.stages]
+    if len(set(names)) != len(names):
+        raise ValueError(f"recipe: stage names must differ, got {names}")
+    return recipe
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: too large, not YAML, or not a recipe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe: no file {path}")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise ValueError(f"recipe: {path} must be at most {MAX_RECIPE_BYTES} bytes, got {path.stat().st_size}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"recipe: {path} is not YAML: {str(e).splitlines()[0]}") from e
+    return parse_recipe(data)

@@ -1,0 +1,174 @@
+"""Runs a recipe from nothing to a checkpoint folder that ``from_pretrained`` loads. Every part resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..model import SynerGenConfig, SynerGenVL
+from ..processing.image_tokenizer import WEIGHTS_FILE as TOKENIZER_WEIGHTS
+from ..processing.image_tokenizer import ImageTokenizer
+from ..processing.sequences import SequenceBuilder
+from ..processing.text import TOKENIZER_FILE, TextTokenizer
+from .checkpoints import load_state, save_state
+from .data import SceneBatches, SceneCache, train_text_tokenizer
+from .loop import run_stage
+from .recipe import Recipe, StageRecipe, load_recipe
+from .report import Reporter
+from .tokenizer import train_tokenizer
+
+STATE_FILE = "state.safetensors"
+
+
+def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: bool = False) -> Path:
+    """Train everything a recipe names; returns the folder of the finished checkpoint, ``out/checkpoint``.
+
+    Args:
+        path: the recipe (YAML).
+        out: working folder: logs, samples, resumable state, token cache.
+        resume: go on from what ``out`` holds; otherwise ``out`` must be empty or absent.
+        dry_run: check the recipe, print the plan, train nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: the recipe is missing or wrong, or ``out`` holds another run.
+    """
+    recipe, out = load_recipe(path), Path(out)
+    if dry_run:
+        print(plan(recipe))
+        return out / "checkpoint"
+    text = Path(path).read_text()
+    kept = out / "recipe.yaml"
+    if out.exists() and any(out.iterdir()):
+        if not resume:
+            raise ValueError(f"train: {out} is not empty; remove it, choose another folder, or resume")
+        if kept.is_file() and kept.read_text() != text:
+            raise ValueError(f"train: {out} holds a run of another recipe (its recipe.yaml differs from {path})")
+    out.mkdir(parents=True, exist_ok=True)
+    kept.write_text(text)
+    with Reporter(recipe, out) as reporter:
+        return _Run(recipe, out, reporter).go()
+
+
+def plan(recipe: Recipe) -> str:
+    """What a recipe would do, in words: sizes, stages, samples."""
+    config = recipe.config(recipe.data.text_vocab, _codebook_size(recipe))
+    with torch.device("meta"):
+        model = SynerGenVL(config)
+    lines = [
+        f"{recipe.name}: {model.num_parameters():,} parameters, {model.num_parameters(active=True):,} active a token",
+        f"pictures {config.image_grid[0]} x {config.image_grid[1]} tokens, fold {config.fold[0]} x {config.fold[1]}, "
+        f"{config.image_tokens} folded tokens each; {recipe.data.scenes:,} tokenised scenes",
+        f"image tokenizer: {recipe.tokenizer.steps:,} steps of {recipe.tokenizer.batch} crops",
+    ]
+    for s in recipe.stages:
+        lines.append(
+            f"stage {s.name}: {s.steps:,} steps x ({s.paint} paint + {s.describe} describe + {s.text} text), "
+            f"trains {', '.join(s.train)}, lr {s.learning_rate:g} {s.schedule}"
+        )
+    return "\n".join(lines)
+
+
+def _codebook_size(recipe: Recipe) -> int:
+    return int(recipe.tokenizer.model.get("codebook_size", 32_768))
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, out: Path, reporter: Reporter) -> None:
+        self.recipe, self.out, self.reporter = recipe, out, reporter
+        self.text = self._text_tokenizer()
+        self.config: SynerGenConfig = recipe.config(self.text.vocab_size, _codebook_size(recipe))
+        self.builder = SequenceBuilder(self.config, self.text)
+
+    def go(self) -> Path:
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        model = SynerGenVL(self.config)
+        for i, stage in enumerate(recipe.stages):
+            finished = self.out / "stages" / f"{stage.name}.safetensors"
+            if finished.is_file():
+                model.load_state_dict(load_state(finished)[0])
+                continue
+            batches = self._batches(i, stage)
+            with self.reporter.stage(stage):
+                sample: Callable[[str, int], None] | None = None
+                if stage.paint:
+                    sample = lambda name, step: self.reporter.sample(  # noqa: E731
+                        model, self.builder, self.image_tokenizer(), name, step
+                    )
+                run_stage(model, recipe, i, batches, self.out / STATE_FILE, self.reporter.step, sample)
+            save_state(finished, model.state_dict(), {"stage": stage.name, "step": stage.steps})
+        return self._export(model)
+
+    def _text_tokenizer(self) -> TextTokenizer:
+        folder = self.out / "text"
+        if not (folder / TOKENIZER_FILE).is_file():
+            folder.mkdir(exist_ok=True)
+            train_text_tokenizer(self.recipe.data.seed, self.recipe.data.text_vocab).save(folder)
+        return TextTokenizer.load(folder)
+
+    def image_tokenizer(self) -> ImageTokenizer:
+        """The trained image tokenizer, with the float16 weights that are shipped (so ids agree later)."""
+        folder = self.out / "image_tokenizer"
+        if not (folder / TOKENIZER_WEIGHTS).is_file():
+            state_file = self.out / "image_tokenizer_state.safetensors"
+            state = _nest(*load_state(state_file)) if state_file.is_file() else None
+            recipe = self.recipe.tokenizer
+            with self.reporter.task("image tokenizer", recipe.steps, int(state["step"]) if state else 0):
+                trained = train_tokenizer(
+                    recipe, state, self.reporter.tokenizer_step, self.recipe.save_every,
+                    lambda s: save_state(state_file, *_flatten(s)),
+                )  # fmt: skip
+            trained.save_pretrained(folder, torch.float16)
+        return ImageTokenizer.from_pretrained(folder).eval()
+
+    def _batches(self, index: int, stage: StageRecipe) -> SceneBatches:
+        ids: NDArray[np.uint16] = np.zeros((0, *self.config.image_grid), np.uint16)
+        data = self.recipe.data
+        if stage.paint or stage.describe:
+            cache = SceneCache(self.out / "cache", self.image_tokenizer(), data.seed, data.scenes)
+            with self.reporter.task("tokenising scenes", data.scenes, 0):
+                ids = cache.build(self.reporter.advance)
+        return SceneBatches(self.builder, ids, data.seed, self.recipe.seed * 1000 + index, stage.unconditional)
+
+    def _export(self, model: SynerGenVL) -> Path:
+        """The folder that loads: model in bfloat16, both tokenizers, the recipe, the curve."""
+        folder = self.out / "checkpoint"
+        model.save_pretrained(folder, torch.bfloat16)
+        self.text.save(folder)
+        tokenizer = self.image_tokenizer()
+        tokenizer.save_pretrained(folder, torch.float16)
+        shutil.copy(self.out / "recipe.yaml", folder / "recipe.yaml")
+        self.reporter.write_curve(folder)
+        return folder
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tokenizer trainer's nested state as named tensors and JSON."""
+    tensors: dict[str, Tensor] = {}
+    for part in ("model", "codebook"):
+        tensors |= {f"{part}.{k}": v for k, v in state[part].items()}
+    for index, moments in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    return tensors, {"step": state["step"], "groups": json.loads(json.dumps(state["optimizer"]["param_groups"]))}
+
+
+def _nest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": {}, "codebook": {}, "step": meta["step"]}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        part, rest = name.split(".", 1)
+        if part == "optimizer":
+            index, key = rest.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+        else:
+            state[part][rest] = value
+    state["optimizer"] = {"state": moments, "param_groups": meta["groups"]}
+    return state
