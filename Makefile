@@ -17,6 +17,8 @@ OUT ?= runs/demo
 TESTS ?= python_tests
 
 BIN := $(VENV)/bin
+# The environment's cmake and ninja come before the machine's.
+export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
@@ -51,7 +53,7 @@ bench: $(VENV)/.dev ## the demo's figures against their bars (about an hour on 2
 	$(BIN)/synergen bench --suite demo --check
 
 abi-check: $(VENV)/.dev ## a wheel built with the oldest torch, tested under the newest (some gigabytes)
-	PATH="$(abspath $(BIN)):$$PATH" tools/abi_check.sh
+	tools/abi_check.sh
 
 clean: ## remove what was built here; the environment stays, with its packages
 	rm -rf build dist *.egg-info synergen_ext/_C*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
