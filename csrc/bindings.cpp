@@ -120,5 +120,6 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("available_isas", &cpu::available_isas);
+  m.def("compiled_isas", &cpu::compiled_isas);
   m.def("current_isa", [] { return cpu::name_of(cpu::current_isa()); });
 }

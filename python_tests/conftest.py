@@ -1,4 +1,5 @@
-"""Fixtures of all tests: every device there is, every dtype, and seeds that do not depend on the order of tests."""
+"""Fixtures of all tests: every device there is, every dtype, and seeds that do not depend on the
+order of tests."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""fold_tokens and the ids' own folding: order of windows, values, gradients, determinism, errors, torch.compile."""
+"""fold_tokens and the ids' own folding: order of windows, values, gradients, determinism, errors,
+torch.compile."""
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from synergen_ext import ops
 from synergen_ext.ops import reference
 from synergen_ext.testing import LAYOUTS, assert_op_accurate, laid_out, normal, run_with_gradients
 
-# batch, h, w, m, n, d, V: windows of the paper (2 x 8), of its ablation (2 x 4), trivial, tall, whole-image, odd.
+# batch, h, w, m, n, d, V: windows of the paper (2 x 8), of its ablation (2 x 4), trivial, tall,
+# whole-image, odd.
 SHAPES = [
     (1, 4, 16, 2, 8, 16, 32),
     (3, 4, 8, 2, 4, 13, 11),
@@ -76,7 +78,9 @@ def test_same_result_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize(("batch", "h", "w", "dim", "vocab"), [(0, 4, 8, 3, 5), (2, 0, 8, 3, 5), (2, 4, 8, 0, 5)])
+@pytest.mark.parametrize(
+    ("batch", "h", "w", "dim", "vocab"), [(0, 4, 8, 3, 5), (2, 0, 8, 3, 5), (2, 4, 8, 0, 5)]
+)
 def test_empty(batch, h, w, dim, vocab, device):
     args = inputs(batch, h, w, 2, 4, dim, vocab, dtype=torch.float32, device=device)
     y, dtable, dpos = run_with_gradients(ops.fold_tokens, args)
@@ -151,13 +155,34 @@ IDS, TABLE, POS = torch.zeros(1, 4, 8).long(), torch.ones(1024, 3), torch.ones(4
         (IDS.float(), TABLE, POS, 2, 4, "fold_tokens: ids must be int64, got float32"),
         (IDS, TABLE[0], POS, 2, 4, r"fold_tokens: table must be \[V, d\], got \[3\]"),
         (IDS, TABLE.long(), POS, 2, 4, "fold_tokens: table must be float64, .* got int64"),
-        (IDS, TABLE, POS[:2], 2, 4, r"fold_tokens: pos must be \[h, w, d\] = \[4, 8, 3\], got \[2, 8, 3\]"),
+        (
+            IDS,
+            TABLE,
+            POS[:2],
+            2,
+            4,
+            r"fold_tokens: pos must be \[h, w, d\] = \[4, 8, 3\], got \[2, 8, 3\]",
+        ),
         (IDS, TABLE, POS.half(), 2, 4, "fold_tokens: pos must be float32 like table, got float16"),
-        (IDS, TABLE, POS, 3, 4, "fold_tokens: m x n windows must tile h x w, got m=3, n=4 for h=4, w=8"),
-        (IDS, TABLE, POS, 2, 5, "fold_tokens: m x n windows must tile h x w, got m=2, n=5 for h=4, w=8"),
+        (
+            IDS,
+            TABLE,
+            POS,
+            3,
+            4,
+            "fold_tokens: m x n windows must tile h x w, got m=3, n=4 for h=4, w=8",
+        ),
+        (
+            IDS,
+            TABLE,
+            POS,
+            2,
+            5,
+            "fold_tokens: m x n windows must tile h x w, got m=2, n=5 for h=4, w=8",
+        ),
         (IDS, TABLE, POS, 0, 4, "fold_tokens: m and n must be at least 1, got m=0, n=4"),
     ],
-)  # fmt: skip
+)
 def test_errors(ids, table, pos, m, n, message):
     with pytest.raises(ValueError, match=message):
         ops.fold_tokens(ids, table, pos, m, n)
@@ -175,13 +200,19 @@ def test_ids_outside_the_table_are_refused_by_value(bad):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((torch.zeros(1, 4, 7).long(), 4, 8, 2, 4), r"unfold_ids: ids must be .* = \[1, 4, 8\], got \[1, 4, 7\]"),
+        (
+            (torch.zeros(1, 4, 7).long(), 4, 8, 2, 4),
+            r"unfold_ids: ids must be .* = \[1, 4, 8\], got \[1, 4, 7\]",
+        ),
         ((torch.zeros(4, 8).long(), 4, 8, 2, 4), r"unfold_ids: ids must be .* got \[4, 8\]"),
         ((torch.zeros(1, 4, 8), 4, 8, 2, 4), "unfold_ids: ids must be int64, got float32"),
-        ((torch.zeros(1, 4, 8).long(), 4, 8, 3, 4), "unfold_ids: m x n windows must tile h x w, got m=3, n=4"),
+        (
+            (torch.zeros(1, 4, 8).long(), 4, 8, 3, 4),
+            "unfold_ids: m x n windows must tile h x w, got m=3, n=4",
+        ),
         ((torch.zeros(1, 4, 8).long(), -4, -8, 2, 4), "unfold_ids: h and w must not be negative"),
     ],
-)  # fmt: skip
+)
 def test_unfold_errors(args, message):
     with pytest.raises(ValueError, match=message):
         ops.unfold_ids(*args)

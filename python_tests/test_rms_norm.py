@@ -63,7 +63,9 @@ def test_expanded_gradient(device):
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,), (2, 0, 8)])
 def test_empty(shape, device):
-    y, dx, dweight = run_with_gradients(ops.rms_norm, inputs(*shape, dtype=torch.float32, device=device))
+    y, dx, dweight = run_with_gradients(
+        ops.rms_norm, inputs(*shape, dtype=torch.float32, device=device)
+    )
     assert y.shape == dx.shape == shape
     assert torch.equal(dweight, torch.zeros(shape[-1], device=device))
 
@@ -125,7 +127,10 @@ def test_second_derivative_is_refused():
     ("args", "message"),
     [
         ((torch.ones(2, 8), torch.ones(7)), r"rms_norm: weight must be \[D\] = \[8\], got \[7\]"),
-        ((torch.ones(2, 8), torch.ones(1, 8)), r"rms_norm: weight must be \[D\] = \[8\], got \[1, 8\]"),
+        (
+            (torch.ones(2, 8), torch.ones(1, 8)),
+            r"rms_norm: weight must be \[D\] = \[8\], got \[1, 8\]",
+        ),
         ((torch.tensor(1.0), torch.ones(1)), r"rms_norm: x must be \[..., D\], got \[\]"),
         (
             (torch.ones(2, 8, dtype=torch.int64), torch.ones(8)),
@@ -137,7 +142,10 @@ def test_second_derivative_is_refused():
         ),
         ((torch.ones(2, 8), torch.ones(8), -1.0), "rms_norm: eps must be >= 0, got -1"),
         ((torch.ones(2, 8), torch.ones(8), float("nan")), "rms_norm: eps must be >= 0, got nan"),
-        ((torch.ones(2, 8, dtype=torch.complex64), torch.ones(8)), "rms_norm: x must be .* got another dtype"),
+        (
+            (torch.ones(2, 8, dtype=torch.complex64), torch.ones(8)),
+            "rms_norm: x must be .* got another dtype",
+        ),
         ((torch.ones([1] * 9), torch.ones(1)), "at most 8 dimensions, got 9"),
     ],
 )

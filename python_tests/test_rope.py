@@ -1,4 +1,5 @@
-"""rope: values and gradients against float64, far positions, layouts, broadcast positions, errors, torch.compile."""
+"""rope: values and gradients against float64, far positions, layouts, broadcast positions, errors,
+torch.compile."""
 
 import pytest
 import torch
@@ -44,11 +45,14 @@ def test_heads_before_tokens(device):
 
 
 def test_angles_of_far_positions_are_exact(dtype, device):
-    """The truth here is written in complex numbers, so that it shares nothing with the op or its reference."""
+    """The truth here is written in complex numbers, so that it shares nothing with the op or its
+    reference."""
     dim, theta = 8, 1e6
     q = normal(4, 2, dim, dtype=dtype, device=device)
     positions = torch.tensor([0, 1, 32767, 32768], device=device)
-    frequency = torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
+    frequency = torch.tensor(
+        [theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64
+    )
     angle = positions.double()[:, None, None] * frequency.to(device)
     z = torch.complex(*q.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     truth = torch.cat((z.real, z.imag), -1)
@@ -87,7 +91,10 @@ def test_inverse_undoes(device):
 
 
 def test_scores_depend_on_distance_only(device):
-    q, k = normal(1, 1, 32, dtype=torch.float64, device=device), normal(1, 1, 32, dtype=torch.float64, seed=1)
+    q, k = (
+        normal(1, 1, 32, dtype=torch.float64, device=device),
+        normal(1, 1, 32, dtype=torch.float64, seed=1),
+    )
     k = k.to(device)
 
     def score(i, j):
@@ -160,18 +167,33 @@ ONE = torch.ones(2, 3, 4)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((torch.ones(3, 4), torch.ones(3, 4), torch.arange(2)), r"rope: q must be \[..., T, Hq, Dh\], got \[3, 4\]"),
-        ((ONE, torch.ones(2, 1, 6), torch.arange(2)), r"rope: k must be \[..., T, Hk, Dh\] = \[2, 1, 4\], got \[2, 1, 6\]"),
-        ((ONE, torch.ones(5, 1, 4), torch.arange(2)), r"rope: k must be .* = \[2, 1, 4\], got \[5, 1, 4\]"),
-        ((ONE, torch.ones(1, 2, 3, 4), torch.arange(2)), r"rope: k must be .* = \[2, 3, 4\], got \[1, 2, 3, 4\]"),
+        (
+            (torch.ones(3, 4), torch.ones(3, 4), torch.arange(2)),
+            r"rope: q must be \[..., T, Hq, Dh\], got \[3, 4\]",
+        ),
+        (
+            (ONE, torch.ones(2, 1, 6), torch.arange(2)),
+            r"rope: k must be \[..., T, Hk, Dh\] = \[2, 1, 4\], got \[2, 1, 6\]",
+        ),
+        (
+            (ONE, torch.ones(5, 1, 4), torch.arange(2)),
+            r"rope: k must be .* = \[2, 1, 4\], got \[5, 1, 4\]",
+        ),
+        (
+            (ONE, torch.ones(1, 2, 3, 4), torch.arange(2)),
+            r"rope: k must be .* = \[2, 3, 4\], got \[1, 2, 3, 4\]",
+        ),
         ((ONE, ONE.double(), torch.arange(2)), "rope: k must be float32 like q, got float64"),
         ((ONE, ONE, torch.arange(2).int()), "rope: positions must be int64, got int32"),
-        ((ONE, ONE, torch.arange(3)), r"rope: positions must be \[..., T\] = \[2\] or broadcast to it, got \[3\]"),
+        (
+            (ONE, ONE, torch.arange(3)),
+            r"rope: positions must be \[..., T\] = \[2\] or broadcast to it, got \[3\]",
+        ),
         ((ONE, ONE, torch.zeros(1, 2).long()), r"rope: positions must be .* got \[1, 2\]"),
         ((ONE[..., :3], ONE[..., :3], torch.arange(2)), "rope: Dh must be even, got 3"),
         ((ONE, ONE, torch.arange(2), 0.0), "rope: theta must be > 0, got 0"),
     ],
-)  # fmt: skip
+)
 def test_errors(args, message):
     with pytest.raises(ValueError, match=message):
         ops.rope(*args)

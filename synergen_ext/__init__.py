@@ -1,6 +1,7 @@
 """SynerGen-VL: one autoregressive model that understands and paints pictures.
 
-Importing the package does no work: a submodule is loaded when it is first used, and torch and the kernels with it.
+Importing the package does no work: a submodule is loaded when it is first used, and torch and the
+kernels with it.
 """
 
 import importlib
@@ -13,7 +14,9 @@ __all__ = ["__version__", "build_info"]
 
 
 def _submodules() -> set[str]:
-    return {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
+    return {
+        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
+    }
 
 
 def build_info() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The kernels as plain functions over arrays: no torch in the call, no gradients.
 
-Inputs are NumPy arrays or anything else with the buffer protocol or ``__dlpack__`` (torch, JAX, CuPy). Results are
-fresh NumPy arrays, or are written to ``out=`` (an array, or a tuple where there are several results). bfloat16, which
-NumPy lacks, and CUDA arrays need ``out=``; ``stream=`` is a CUDA stream handle (0: the default stream). The
-interpreter lock is released while a kernel runs.
+Inputs are NumPy arrays or anything else with the buffer protocol or ``__dlpack__`` (torch, JAX,
+CuPy). Results are fresh NumPy arrays, or are written to ``out=`` (an array, or a tuple where there
+are several results). bfloat16, which NumPy lacks, and CUDA arrays need ``out=``; ``stream=`` is a
+CUDA stream handle (0: the default stream). The interpreter lock is released while a kernel runs.
 
     >>> import numpy as np
     >>> from synergen_ext import kernels

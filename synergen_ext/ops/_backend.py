@@ -1,4 +1,5 @@
-"""Which implementation the public functions call: the compiled kernels or the plain PyTorch reference."""
+"""Which implementation the public functions call: the compiled kernels or the plain PyTorch
+reference."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +11,15 @@ from .._build import load
 
 _C = load()  # registers torch.ops.synergen
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "reference", "eager")
 _current = "native"
 
 
 def set_backend(name: str) -> None:
-    """Choose the implementation for the whole process: "native" or "reference"."""
+    """Choose the implementation for the whole process: "native", "reference" or "eager"."""
     global _current
     if name not in BACKENDS:
-        raise ValueError(f"set_backend: name must be 'native' or 'reference', got {name!r}")
+        raise ValueError(f"set_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
     _current = name
 
 
@@ -43,12 +44,14 @@ def backend(name: str) -> Iterator[None]:
 
 
 def reference_on_cuda(op: str, function: Callable[..., Any]) -> None:
-    """Run `function` for CUDA tensors of an op that has no CUDA kernel; `synergen doctor` lists these ops."""
+    """Run `function` for CUDA tensors of an op that has no CUDA kernel; `synergen doctor` lists
+    these ops."""
     torch.library.impl(f"synergen::{op}", "CUDA")(function)
 
 
 def no_second_derivative(op: str) -> None:
-    """Refuse to differentiate a backward op, in one line, where torch would give wrong zeros or a warning."""
+    """Refuse to differentiate a backward op, in one line, where torch would give wrong zeros or a
+    warning."""
 
     def refuse(ctx: Any, *grads: torch.Tensor) -> None:
         raise RuntimeError(

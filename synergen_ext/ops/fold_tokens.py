@@ -12,7 +12,8 @@ from ._backend import no_second_derivative, reference_on_cuda, use_native
 def fold_tokens(ids: Tensor, table: Tensor, pos: Tensor, m: int, n: int) -> Tensor:
     """TokenFold(table[ids] + pos), eq. 1 without its MLP.
 
-    Windows follow each other in raster order; inside a window the tokens lie row-major, one embedding after another.
+    Windows follow each other in raster order; inside a window the tokens lie row-major, one
+    embedding after another.
 
     Args:
         ids: int64 [N, h, w], image token ids in [0, V).
@@ -22,12 +23,13 @@ def fold_tokens(ids: Tensor, table: Tensor, pos: Tensor, m: int, n: int) -> Tens
         n: columns of a window, divides w.
 
     Returns:
-        [N, (h / m) * (w / n), m * n * d], the dtype of table. Gradients go to table and pos; both are summed in a
-        fixed order, so they are the same from run to run and for any number of threads.
+        [N, (h / m) * (w / n), m * n * d], the dtype of table. Gradients go to table and pos; both
+        are summed in a fixed order, so they are the same from run to run and for any number of
+        threads.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or (CPU) an id is outside [0, V). On a CUDA device the vectors
-            of such an id are NaN.
+        ValueError: a shape or dtype does not fit, or (CPU) an id is outside [0, V). On a CUDA
+            device the vectors of such an id are NaN.
     """
     if not use_native():
         return reference.fold_tokens(ids, table, pos, m, n)

@@ -1,4 +1,5 @@
-"""Every op again in plain, differentiable PyTorch: same names and signatures, slow and clear; the truth in tests."""
+"""Every op again in plain, differentiable PyTorch: same names and signatures, slow and clear; the
+truth in tests."""
 
 import torch
 import torch.nn.functional as F

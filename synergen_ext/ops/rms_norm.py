@@ -13,7 +13,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
     Args:
-        x: [..., D], float64, float32, bfloat16 or float16, any strides. Sums are in float32 (float64 for float64).
+        x: [..., D], float64, float32, bfloat16 or float16, any strides. Sums are in float32
+            (float64 for float64).
         weight: [D], the dtype of x or float32.
         eps: added to the mean square.
 

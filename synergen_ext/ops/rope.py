@@ -12,7 +12,8 @@ from ._backend import reference_on_cuda, use_native
 def rope(
     q: Tensor, k: Tensor, positions: Tensor, theta: float = 1e6, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by their positions, element i of a head paired with element i + Dh / 2.
+    """Rotate queries and keys by their positions, element i of a head paired with element i + Dh /
+    2.
 
     With a = position * theta^(-2 i / Dh):  y_i = x_i cos a - x_{i + Dh/2} sin a,
     y_{i + Dh/2} = x_{i + Dh/2} cos a + x_i sin a.  Angles are computed in float64.
