@@ -14,7 +14,7 @@ from ._version import __version__
 
 # Extra of pyproject.toml -> the modules it brings, and what is missing without them.
 EXTRAS = {
-    "train": (("tensorboard",), "TensorBoard logs of training"),
+    "train": (("tensorboard", "matplotlib"), "TensorBoard logs of training"),
     "scenes": (("resvg_py",), "rendering of training scenes"),
 }
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
