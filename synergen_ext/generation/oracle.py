@@ -63,7 +63,12 @@ class _Decoder:
 
 
 def sample(
-    logits: Tensor, seeds: Tensor, position: int, sampling: Sampling, uncond: Tensor | None = None, guidance: float = 1.0
+    logits: Tensor,
+    seeds: Tensor,
+    position: int,
+    sampling: Sampling,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Ids ``[R]`` drawn from logits ``[R, V]``, one uniform number a row from (seed, position).
 
@@ -71,9 +76,15 @@ def sample(
         FloatingPointError: a row holds NaN or no finite logit.
     """
     ids, valid = ops.sample_tokens(
-        logits.float(), seeds, torch.full_like(seeds, position), uncond_logits=None if uncond is None else uncond.float(),
-        guidance=guidance, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
-    )  # fmt: skip
+        logits.float(),
+        seeds,
+        torch.full_like(seeds, position),
+        uncond_logits=None if uncond is None else uncond.float(),
+        guidance=guidance,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    )
     if not bool(valid.all()):
         raise FloatingPointError(f"sample: the model's logits are not finite in row {int((~valid).nonzero()[0])}")
     return ids

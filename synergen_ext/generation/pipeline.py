@@ -58,7 +58,9 @@ class Pipeline:
         if not folder.is_dir():
             raise FileNotFoundError(f"checkpoint: no folder {folder}")
         return cls(
-            SynerGenVL.from_pretrained(folder, dtype), ImageTokenizer.from_pretrained(folder), TextTokenizer.load(folder)
+            SynerGenVL.from_pretrained(folder, dtype),
+            ImageTokenizer.from_pretrained(folder),
+            TextTokenizer.load(folder),
         )
 
     @property
@@ -151,9 +153,7 @@ class Pipeline:
         for start in range(0, len(rows), batch):
             stop = start + batch
             ids = self.image_ids(images[start:stop])
-            out = generate_text(
-                self.model, rows[start:stop], ids, max_new_tokens, (self.text.im_end, self.text.eos)
-            )
+            out = generate_text(self.model, rows[start:stop], ids, max_new_tokens, (self.text.im_end, self.text.eos))
             answers += [self.text.decode(o).strip() for o in out]
         return answers[0] if single and isinstance(questions, str) else answers
 

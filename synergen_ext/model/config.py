@@ -135,9 +135,7 @@ class SynerGenConfig:
         """
         (m, n), (h, w) = self.fold, self.image_grid
         if rows % m or columns % n or not 0 < rows <= h or not 0 < columns <= w:
-            raise ValueError(
-                f"image tokens must be multiples of {m} x {n} up to {h} x {w}, got {rows} x {columns}"
-            )
+            raise ValueError(f"image tokens must be multiples of {m} x {n} up to {h} x {w}, got {rows} x {columns}")
         return (rows // m) * (columns // n)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,9 @@ class Losses:
 class SynerGenVL(nn.Module):
     """The whole model: embeddings, backbone with vision experts, text head, unfolding head.
 
-    Ids: ``[0, vocab_size)`` are text; the specials ``<boi>``, ``<eoi>``, ``<UNCOND>`` follow; ``config.image_id`` marks a
-    folded image token, whose embedding comes from the image ids. So a batch is ``input_ids [B, T]`` plus the image ids
-    ``[N, h, w]`` of its N pictures, in reading order.
+    Ids: ``[0, vocab_size)`` are text; the specials ``<boi>``, ``<eoi>``, ``<UNCOND>`` follow; ``config.image_id``
+    marks a folded image token, whose embedding comes from the image ids. So a batch is ``input_ids [B, T]`` plus the
+    image ids ``[N, h, w]`` of its N pictures, in reading order.
     """
 
     def __init__(self, config: SynerGenConfig) -> None:
@@ -69,10 +70,15 @@ class SynerGenVL(nn.Module):
             residual = name.endswith(("wo.weight", "down"))
             nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if residual else 0.02)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The backbone's layers, typed."""
+        return cast(list[Block], list(self.layers))
+
     @torch.no_grad()
     def copy_text_experts(self) -> None:
         """Initialise every vision expert from its layer's text FFN (section 3.2)."""
-        for block in self.layers:
+        for block in self.blocks:
             for name in ("gate", "up", "down"):
                 getattr(block.feed_forward.vision, name).copy_(getattr(block.feed_forward.text, name))
 
@@ -170,12 +176,12 @@ class SynerGenVL(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         """Parameters in all, or those that work on any one token (one FFN of the two in each layer)."""
         total = sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for block in self.layers for p in block.feed_forward.vision.parameters())
+        experts = sum(p.numel() for block in self.blocks for p in block.feed_forward.vision.parameters())
         return total - experts if active else total
 
     def step_parameters(self) -> tuple[int, int]:
         """Matrix parameters read by one backbone step and by one head step (the floor of decoding is their bytes)."""
-        block = self.layers[0]
+        block = self.blocks[0]
         backbone = sum(p.numel() for p in block.attention.parameters()) + _size(block.feed_forward.vision)
         head = sum(p.numel() for b in self.unfolding_head.layers for p in b.parameters())
         return backbone * len(self.layers), head + self.unfolding_head.classifier.weight.numel()
@@ -187,7 +193,10 @@ class SynerGenVL(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder)
-        state = {k: v.detach().to(dtype or v.dtype).clone(memory_format=torch.contiguous_format) for k, v in self.state_dict().items()}
+        state = {
+            k: v.detach().to(dtype or v.dtype).clone(memory_format=torch.contiguous_format)
+            for k, v in self.state_dict().items()
+        }
         if self.config.tie_word_embeddings:
             del state["output.weight"]
         save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})

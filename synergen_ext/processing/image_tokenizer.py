@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
@@ -72,7 +71,7 @@ class ImageTokenizer(nn.Module):
             h = layer(h)
         for layer in decoder.time_conv:
             # Frame 0 of the doubled sequence sees only itself and the causal padding.
-            h = layer.conv(h)
+            h = cast(nn.Module, layer.conv)(h)
             h = h * torch.sigmoid(h)
         h, quant = h[:, :, 0].chunk(2, dim=0)
         h = decoder.conv_in(h)
@@ -183,12 +182,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def box_psnr(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB inside ``mask`` ``[B, H, W]`` of uint8 pictures ``[B, H, W, 3]``, one a picture."""
+    """Peak signal-to-noise ratio in dB of uint8 pictures ``[B, H, W, 3]`` in ``mask`` ``[B, H, W]``, one each."""
     se = ((a.float() - b.float()) ** 2).mean(-1) * mask
     mse = se.sum((1, 2)) / mask.sum((1, 2)).clamp_min(1)
     return 10 * torch.log10(255.0**2 / mse.clamp_min(1e-6))
-
-
-def downsample(pixels: Tensor, factor: int) -> Tensor:
-    """Mean over ``factor`` x ``factor`` blocks."""
-    return F.avg_pool2d(pixels, factor)

@@ -43,13 +43,12 @@ def _raster(name: str, size: int) -> NDArray[np.float32]:
     try:
         import resvg_py
     except ImportError as e:  # pragma: no cover - depends on the environment
-        raise ImportError(
-            "drawing scenes needs the package resvg-py: pip install 'synergen_ext[scenes]'"
-        ) from e
+        raise ImportError("drawing scenes needs the package resvg-py: pip install 'synergen_ext[scenes]'") from e
     svg = resources.files(__package__).joinpath("art", f"{name}.svg").read_text()
     svg = svg.replace("<svg ", f'<svg width="{size}" height="{size}" ', 1)
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg))
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
+    rgba = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+    return (rgba / 255).astype(np.float32)
 
 
 @functools.cache
@@ -61,18 +60,16 @@ def sprite(name: str, color: str, size: int = SPRITE) -> NDArray[np.float32]:
         raise ValueError(f"sprite: color must be one of {', '.join(COLORS)}, got {color!r}")
     rgba = _raster(name, size)
     alpha = rgba[..., 3:]
-    luminance = (rgba[..., :3] * np.float32([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+    luminance = (rgba[..., :3] * np.array([0.299, 0.587, 0.114], np.float32)).sum(-1, keepdims=True)
     median = np.median(luminance[rgba[..., 3] > 0.9])
-    tint = np.float32(COLORS[color]) / 255
+    tint = np.array(COLORS[color], np.float32) / 255
     dark = tint * (0.12 + 0.88 * np.clip(luminance / median, 0, 1))
     light = tint + (1 - tint) * np.clip((luminance - median) / (1 - median + 1e-6), 0, 1)
     rgb = np.where(luminance < median, dark, light)
     return np.concatenate([rgb * alpha, alpha], -1).astype(np.float32)
 
 
-def draw(
-    objects: list[tuple[str, str, int, int]], canvas: int = CANVAS, size: int = SPRITE
-) -> NDArray[np.uint8]:
+def draw(objects: list[tuple[str, str, int, int]], canvas: int = CANVAS, size: int = SPRITE) -> NDArray[np.uint8]:
     """Paste ``(name, color, x, y)`` (top-left corner, pixels) on white: uint8 ``[canvas, canvas, 3]``."""
     image = np.ones((canvas, canvas, 3), np.float32)
     for name, color, x, y in objects:

@@ -17,7 +17,9 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     """Write ``tensors`` and ``meta`` (JSON values) to ``path``; the old file stays until the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, str(temporary), {"meta": json.dumps(meta)})
+    save_file(
+        {k: v.detach().contiguous().clone() for k, v in tensors.items()}, str(temporary), {"meta": json.dumps(meta)}
+    )
     with open(temporary, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)

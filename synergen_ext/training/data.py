@@ -111,7 +111,13 @@ class SceneBatches:
     def __init__(
         self, builder: SequenceBuilder, ids: NDArray[np.uint16], scene_seed: int, seed: int, unconditional: float = 0.1
     ) -> None:
-        self.builder, self.ids, self.scene_seed, self.seed, self.unconditional = builder, ids, scene_seed, seed, unconditional
+        self.builder, self.ids, self.scene_seed, self.seed, self.unconditional = (
+            builder,
+            ids,
+            scene_seed,
+            seed,
+            unconditional,
+        )
 
     def _rng(self, step: int, task: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, 5, task, step])
@@ -120,7 +126,9 @@ class SceneBatches:
         """Scenes of one step: whole passes over the cache, each in its own order."""
         n = len(self.ids)
         where = np.arange(step * size, (step + 1) * size)
-        orders = {int(e): np.random.default_rng([self.seed, 6, task, int(e)]).permutation(n) for e in np.unique(where // n)}
+        orders = {
+            int(e): np.random.default_rng([self.seed, 6, task, int(e)]).permutation(n) for e in np.unique(where // n)
+        }
         return np.array([orders[int(w // n)][w % n] for w in where])
 
     def paint(self, step: int, size: int) -> Batch:
@@ -166,5 +174,3 @@ def collate(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint
         return Batch(input_ids, labels, None, None)
     pictures = torch.from_numpy(np.ascontiguousarray(image_ids).astype(np.int64))
     return Batch(input_ids, labels, pictures, torch.full((len(pictures),), paint))
-
-

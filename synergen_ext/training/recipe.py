@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,14 @@ class StageRecipe:
         if unknown or not self.train:
             raise ValueError(f"stage {self.name}: train must list some of {', '.join(PARTS)}, got {self.train}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"stage {self.name}: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.steps <= 0 or min(self.paint, self.describe, self.text) < 0 or self.paint + self.describe + self.text == 0:
+            raise ValueError(
+                f"stage {self.name}: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        if (
+            self.steps <= 0
+            or min(self.paint, self.describe, self.text) < 0
+            or self.paint + self.describe + self.text == 0
+        ):
             raise ValueError(f"stage {self.name}: needs steps > 0 and a batch size > 0 for some task")
         if not 0 <= self.unconditional <= 1 or not 0 <= self.ema < 1:
             raise ValueError(f"stage {self.name}: unconditional must be in [0, 1] and ema in [0, 1)")
@@ -98,10 +105,8 @@ def _fill(cls: type, data: Any, where: str) -> Any:
         if kind is float and type(value) is int:
             value = float(value)
         if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         if kind in (int, float, str, bool) and type(value) is not kind:
             raise ValueError(f"recipe: {where}.{name} must be {kind.__name__}, got {value!r}")
         values[name] = value

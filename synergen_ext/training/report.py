@@ -76,9 +76,10 @@ class Reporter:
 
     def step(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """Record one training step."""
-        short = "  ".join(
-            f"{k} {v:.3f}" for k, v in figures.items() if "/" in k
-        ) + f"  {figures['tokens_per_second']:,.0f} tokens/s"
+        short = (
+            "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if "/" in k)
+            + f"  {figures['tokens_per_second']:,.0f} tokens/s"
+        )
         self._record(stage, step, figures, short)
 
     def tokenizer_step(self, step: int, figures: dict[str, float]) -> None:
@@ -149,7 +150,9 @@ def _plot(curve: dict[str, Any], path: Path) -> None:
         for key, values in rows.items():
             if key not in ("step", "psnr"):
                 axis.plot(rows["step"], values, label=key)
-        axis.set(title=stage, xlabel="step", ylabel="loss (nats)" if stage != "image_tokenizer" else "loss", yscale="log")
+        axis.set(
+            title=stage, xlabel="step", ylabel="loss (nats)" if stage != "image_tokenizer" else "loss", yscale="log"
+        )
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)

@@ -35,7 +35,8 @@ def freeze_all_but(model: nn.Module, parts: list[str]) -> list[tuple[str, nn.Par
 def make_optimizer(model: SynerGenVL, stage: StageRecipe) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95), eps 1e-8 (table 8). Norms, biases, embeddings and position tables are not decayed."""
     trained = freeze_all_but(model, stage.train)
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, p in trained:
         plain = p.ndim < 2 or "embedding" in name or "positions" in name or name.endswith("tokens.weight")
         (kept if plain else decayed).append(p)
