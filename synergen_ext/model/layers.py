@@ -47,7 +47,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask)
-        return self.wo(y.transpose(1, 2).reshape(b, t, -1))
+        return self.wo(y.transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
 
 
 #: Longest sequence that ``attend`` multiplies out when gradients are wanted on a CPU. Forward and backward in
@@ -67,8 +67,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             k, v = (a.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for a in (k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.float().masked_fill(future, float("-inf")).softmax(-1)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.to(wide).masked_fill(future, float("-inf")).softmax(-1)
         return weights.to(v.dtype) @ v
+    if mask is None and 1 < t < s:
+        # A chunk after cached tokens: is_causal would line the two up at their first tokens.
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     # One new token may look at everything before it, so only a longer chunk needs the causal mask.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and t > 1, enable_gqa=grouped)
 

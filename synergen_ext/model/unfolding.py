@@ -29,7 +29,14 @@ class UnfoldingHead(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
 
     def forward(self, states: Tensor, ids: Tensor) -> Tensor:
-        """States ``[N, D]`` and true ids ``[N, m*n]`` -> logits ``[N, m*n, V]``; the last id is not read."""
+        """States ``[N, D]`` and true ids ``[N, m*n]`` -> logits ``[N, m*n, V]``; the last id is not read.
+
+        Raises:
+            ValueError: ids of another shape.
+        """
+        wanted = [len(states), self.config.window]
+        if list(ids.shape) != wanted:
+            raise ValueError(f"UnfoldingHead.forward: ids must be {wanted}, got {list(ids.shape)}")
         x = torch.cat((states[:, None].to(self.positions.dtype), self.tokens(ids[:, :-1])), dim=1) + self.positions
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         for block in self.layers:
@@ -46,8 +53,13 @@ class UnfoldingHead(nn.Module):
         Args:
             previous: backbone states ``[N, D]`` at the first step, then the ids ``[N]`` chosen last.
             cache: from ``new_cache(N)``; it knows which step this is.
+
+        Raises:
+            ValueError: the patch is complete.
         """
         j = cache.length
+        if j == self.config.window:
+            raise ValueError(f"UnfoldingHead.step: a patch has {j} ids, and all are chosen")
         x = previous if j == 0 else self.tokens(previous)
         x = (x.to(self.positions.dtype) + self.positions[j])[:, None]  # [N, 1, D]
         positions = torch.full((len(x), 1), j, dtype=torch.long, device=x.device)
