@@ -23,13 +23,19 @@ class SequenceBuilder:
 
     Args:
         folded: folded tokens of one picture; default: the config's full grid.
+
+    Raises:
+        ValueError: the vocabulary or a picture is larger than the model's.
     """
 
     def __init__(self, config: SynerGenConfig, text: TextTokenizer, folded: int | None = None) -> None:
         if text.vocab_size > config.vocab_size:
             raise ValueError(f"text tokenizer has {text.vocab_size} tokens, the model's vocabulary {config.vocab_size}")
         self.config, self.text = config, text
-        self.picture = [config.boi_id, *[config.image_id] * (folded or config.image_tokens), config.eoi_id]
+        folded = config.image_tokens if folded is None else folded
+        if not 1 <= folded <= config.image_tokens:
+            raise ValueError(f"SequenceBuilder: folded must be in [1, {config.image_tokens}], got {folded}")
+        self.picture = [config.boi_id, *[config.image_id] * folded, config.eoi_id]
         self._newline = text.encode("\n")
         self._answer = [text.im_start, *text.encode("assistant\n")]
 
@@ -78,7 +84,9 @@ class SequenceBuilder:
             asked = [*self.text.turn("user", content), *self._answer]
             answer = [*self.text.encode(a), self.text.im_end]
             ids += [*asked, *answer, *self._newline]
-            labels += asked if learn_questions else [IGNORE] * len(asked)
+            # The unfolding head learns pictures; their placeholder is no word and cannot be a label.
+            words = [i if i != self.config.image_id else IGNORE for i in asked]
+            labels += words if learn_questions else [IGNORE] * len(asked)
             labels += [*answer, *[IGNORE] * len(self._newline)]
         ids.append(self.text.eos)
         labels.append(self.text.eos)

@@ -42,7 +42,15 @@ class TextTokenizer:
         return int(self.tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids. Special tokens written out in ``text`` are ordinary characters, never control ids."""
+        """Plain text to ids. Special tokens written out in ``text`` are ordinary characters, never control ids.
+
+        Raises:
+            ValueError: ``text`` holds half a surrogate pair, which no UTF-8 text does.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"text must be valid Unicode, got a lone surrogate at character {e.start}") from e
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
