@@ -114,8 +114,10 @@ def stack_pair(a: FFN, b: FFN, name: str) -> Tensor:
         return torch.stack((p, q))
     bytes_apart = q.data_ptr() - p.data_ptr()
     if bytes_apart != p.numel() * p.element_size() or p.untyped_storage().data_ptr() != q.untyped_storage().data_ptr():
-        pair = torch.stack((p.detach(), q.detach()))
-        p.data, q.data = pair[0], pair[1]
+        # Inside torch.inference_mode the parameters would become inference tensors, which train no more, silently.
+        with torch.inference_mode(False):
+            pair = torch.stack((p.detach(), q.detach()))
+            p.data, q.data = pair[0], pair[1]
     return p.detach().as_strided((2, *p.shape), (p.numel(), *p.stride()))
 
 

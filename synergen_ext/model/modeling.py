@@ -88,9 +88,15 @@ class SynerGenVL(nn.Module):
         """Ids ``[B, T]`` and image ids ``[N, h, w]`` -> embeddings ``[B, T, D]``.
 
         Raises:
-            ValueError: the placeholders in ``input_ids`` are not as many as the pictures' folded tokens.
+            ValueError: an id is unknown, or the placeholders in ``input_ids`` are not as many as the pictures' folded
+                tokens.
         """
         c = self.config
+        if not torch.compiler.is_compiling() and input_ids.numel():
+            low, high = (int(v) for v in input_ids.aminmax())
+            if low < 0 or high > c.image_id:
+                bad = low if low < 0 else high
+                raise ValueError(f"embed: input_ids must be in [0, {c.image_id + 1}), got {bad}")
         special = (input_ids >= c.vocab_size) & (input_ids < c.image_id)
         visual = input_ids == c.image_id
         text = torch.where(special | visual, 0, input_ids)
@@ -157,14 +163,14 @@ class SynerGenVL(nn.Module):
         chosen = wanted != IGNORE
         text = image = h.sum() * 0
         if bool(chosen.any()):
-            text = F.cross_entropy(self.text_logits(before[chosen]).float(), wanted[chosen])
+            text = F.cross_entropy(_wide(self.text_logits(before[chosen])), wanted[chosen])
         if image_ids is not None and paint is not None and bool(paint.any()):
             n, p = len(image_ids), self.config.folded_length(*image_ids.shape[1:])
             visual = input_ids[:, 1:] == self.config.image_id
             patch_states = before[visual].view(n, p, -1)[paint].flatten(0, 1)  # [n'*P, D]
             targets = ops.fold_ids(image_ids[paint], *self.config.fold).flatten(0, 1)  # [n'*P, m*n]
             logits = self.unfolding_head(patch_states, targets)
-            image = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            image = F.cross_entropy(_wide(logits.flatten(0, 1)), targets.flatten())
         return Losses(text + self.config.image_loss_weight * image, text, image)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -237,6 +243,11 @@ class SynerGenVL(nn.Module):
         if config.tie_word_embeddings:
             model.output.weight = model.tok_embeddings.weight
         return model.eval()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, as losses want it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _size(ffn: FFN) -> int:
