@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from ._version import __version__
-from .scenes import CAPTION_INSTRUCTION, Group, Scene, caption, exam_scene, phrase
-from .scenes.compose import is_held_out
+from .scenes import CAPTION_INSTRUCTION, Group, Scene, caption, phrase
+from .scenes.compose import exam_scene, is_held_out
 from .scenes.language import (
     NAME_QUESTION,
     NUMBERS,
