@@ -183,7 +183,7 @@ class SynerGenConfig:
         """A named size, with changes: ``SynerGenConfig.preset("tiny", num_layers=4)``."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(**{**PRESETS[name], **changes})
+        return cls.from_dict({**PRESETS[name], **changes})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+from ..weights import read_weights
 
 CONFIG_FILE = "image_tokenizer.json"
 WEIGHTS_FILE = "image_tokenizer.safetensors"
@@ -93,8 +95,11 @@ class ImageTokenizer(nn.Module):
         """Pixels ``[B, 3, H, W]`` in [-1, 1] -> int64 ids ``[B, H/p, W/p]`` in raster order.
 
         Raises:
-            ValueError: not three channels, or a side that is not a positive multiple of the stride.
+            ValueError: bytes in place of numbers, not three channels, or a side that is not a positive multiple of the
+                stride.
         """
+        if not pixels.is_floating_point():
+            raise ValueError(f"encode: pixels must be floating point in [-1, 1], got {pixels.dtype}; see to_pixels")
         p = self.stride
         b, c, h, w = _shape4(pixels)
         if c != self.config.in_channels or h % p or w % p or not 0 < h <= MAX_SIDE or not 0 < w <= MAX_SIDE:
@@ -147,21 +152,41 @@ class ImageTokenizer(nn.Module):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"image tokenizer: no {name} in {folder}")
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
-        model = cls(Emu3VQVAEConfig(**{k: v for k, v in config.items() if k in _CONFIG_KEYS}))
-        state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(str(folder / WEIGHTS_FILE)).items()}
-        try:
-            model.vq.load_state_dict(state)
-        except RuntimeError as e:
-            raise ValueError(f"image tokenizer: {folder / WEIGHTS_FILE} does not fit its config: {e}") from e
+        with torch.device("meta"):
+            model = cls(_read_config(folder / CONFIG_FILE))
+        state = read_weights(folder / WEIGHTS_FILE, model.vq.state_dict(), "image tokenizer")
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        model.vq.load_state_dict(state, assign=True)
         return model
 
 
-_CONFIG_KEYS = (
+#: The fields of ``Emu3VQVAEConfig`` that describe a tokenizer; a file's other fields are transformers' own.
+CONFIG_FIELDS = (
     "codebook_size", "embed_dim", "latent_channels", "double_latent", "in_channels", "out_channels",
     "temporal_downsample_factor", "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions",
     "hidden_size", "num_attention_heads", "attention_dropout",
 )  # fmt: skip
+
+
+#: Blocks take time to build even without memory, and the config may come from anywhere.
+_MAX_BLOCKS = 64
+
+
+def _read_config(path: Path) -> Emu3VQVAEConfig:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as e:  # broken JSON or broken UTF-8
+        raise ValueError(f"image tokenizer: {path} is not JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"image tokenizer: {path} must hold a JSON object, got {type(data).__name__}")
+    try:
+        config = Emu3VQVAEConfig(**{k: v for k, v in data.items() if k in CONFIG_FIELDS})
+        blocks = max(config.num_res_blocks, len(config.channel_multiplier), config.temporal_downsample_factor)
+    except Exception as e:  # transformers checks types with exceptions of its own
+        raise ValueError(f"image tokenizer: {path} is not a tokenizer's config: {' '.join(str(e).split())}") from e
+    if blocks > _MAX_BLOCKS:
+        raise ValueError(f"image tokenizer: {path} must ask for at most {_MAX_BLOCKS} blocks a stage, got {blocks}")
+    return config
 
 
 def _shape4(pixels: Tensor) -> tuple[int, int, int, int]:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from ..model.config import SynerGenConfig
+from ..processing.image_tokenizer import CONFIG_FIELDS
 from .tokenizer import TokenizerRecipe
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -123,6 +124,9 @@ def parse_recipe(data: Any) -> Recipe:
         raise ValueError(f"recipe: the file must hold a mapping, got {type(data).__name__}")
     data = dict(data)
     data["tokenizer"] = _fill(TokenizerRecipe, data.get("tokenizer", {}), "tokenizer")
+    if unknown := sorted(set(data["tokenizer"].model) - set(CONFIG_FIELDS)):
+        # transformers' config takes any name, so a misspelt one would be lost silently.
+        raise ValueError(f"recipe: tokenizer.model has no field {unknown[0]!r}; known: {', '.join(CONFIG_FIELDS)}")
     data["data"] = _fill(DataRecipe, data.get("data", {}), "data")
     stages = data.get("stages")
     if not isinstance(stages, list) or not stages:
