@@ -1,6 +1,7 @@
 """The command line: what each command does, and every bad input's one line and exit code."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -391,9 +392,59 @@ def test_doctor(capsys):
     assert re.search(r"^ok   torch: ", out, re.MULTILINE) and "rms_norm" in out
 
 
-def test_score_table_flattens_nested_figures():
-    table = measure._score_table({"generation": {"overall": 0.5, "tags": {"colors": 0.25}, "n": 3}})
-    assert [list(c.cells) for c in table.columns][1:] == [["overall", "tags.colors", "n"], ["0.500", "0.250", "3"]]
+def test_eval(capsys, tiny, tmp_path):
+    path = tmp_path / "scores.json"
+    args = ("--checkpoint", tiny, "--per-tag", 1, "--images", 1, "--guidance", 1.5, "--json", path)
+    code, out, err = run(capsys, "eval", *args)
+    assert (code, err) == (0, "")
+    scores = json.loads(path.read_text())
+    assert set(scores) == {"generation", "understanding", "tokenizer"}
+    assert scores["generation"]["pictures"] == 6 and scores["generation"]["settings"]["guidance"] == 1.5
+    assert scores["tokenizer"]["settings"]["n"] == 6
+    assert all(name in out for name in ("single_object", "naming", "box_psnr"))
+
+
+def test_figure_rows_take_the_intervals_with_them():
+    figures = {"tags": {"colors": 0.25}, "overall": 0.5, "pictures": 3, "interval": {"colors": [0.1, 0.4]}}
+    assert measure.figure_rows({"generation": figures}) == [
+        ("generation", "colors", 0.25, (0.1, 0.4)), ("generation", "overall", 0.5, None),
+    ]  # fmt: skip
+
+
+SUITE = """
+from synergen_ext.bench import Row
+
+def rows(quick):
+    yield Row("speed", 3.0 if quick else 30.0, "s", "<= 15")
+"""
+
+
+def test_bench(capsys, tmp_path, monkeypatch):
+    (tmp_path / "suite_small.py").write_text(SUITE)
+    monkeypatch.setattr("synergen_ext.bench.suites_folder", lambda: tmp_path)
+    path = tmp_path / "rows.json"
+    code, out, err = run(capsys, "bench", "--suite", "small", "--json", path)
+    assert (code, err) == (0, "") and "missed" in out
+    assert json.loads(path.read_text())["rows"][0]["value"] == 30
+    assert run(capsys, "bench", "--suite", "small", "--check")[0] == 1
+    assert run(capsys, "bench", "--suite", "small", "--check", "--quick")[0] == 0
+    assert "suite must be one of small, got 'large'" in refused(capsys, "bench", "--suite", "large")
+    assert "the suite is empty" in refused(capsys, "bench", "--suite", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--exam", "drawing"), "Invalid value for '--exam'"),
+        (("--per-tag", "101"), "Invalid value for '--per-tag'"),
+        (("--images", "0"), "Invalid value for '--images'"),
+        (("--guidance", "nan"), "--guidance must be a number in [0, 50], got nan"),
+        (("--seed", "-3"), "--seed must be in [0, 2^63 - 4], got -3"),
+        (("--checkpoint", "none"), "--checkpoint must be a folder, and none is not there"),
+    ],
+)
+def test_eval_refuses(capsys, args, message):
+    assert message in refused(capsys, "eval", *args)
 
 
 # ---- failures of other kinds ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,6 @@ from .checks import (
 )
 from .console import load_pipeline, progress
 from .options import Checkpoint, Guidance, examples
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 class Exam(str, Enum):
@@ -87,9 +84,9 @@ def evaluate(
         with progress("Asking about scenes") as on_progress, refusing():
             scores["understanding"] = exams.understanding_exam(pipeline, per_tag=per_tag, on_progress=on_progress)
     if exam in (Exam.all, Exam.tokenizer):
-        with refusing():
-            scores["tokenizer"] = exams.tokenizer_exam(pipeline.image_tokenizer, n=6 * per_tag)
-    _print(_score_table(scores))
+        with progress("Reconstructing scenes") as on_progress, refusing():
+            scores["tokenizer"] = exams.tokenizer_exam(pipeline.image_tokenizer, n=6 * per_tag, on_progress=on_progress)
+    _print(scores)
     if json_file is not None:
         json_file.write_text(json.dumps(scores, indent=1) + "\n")
 
@@ -107,11 +104,11 @@ def bench(
     suite = check_text("suite", suite)
     if json_file is not None:
         check_output_file(json_file, ".json")
-    from ..bench import run
+    from ..bench import load_suite, run
 
     with refusing():
-        code = run(suite, json_file, check, quick=quick)
-    raise typer.Exit(code)
+        load_suite(suite)  # an unknown name is refused; an error while measuring is an error
+    raise typer.Exit(run(suite, json_file, check, quick=quick))
 
 
 def doctor() -> None:
@@ -124,28 +121,23 @@ def doctor() -> None:
             print(f"     -> {check.remedy}")
 
 
-def _score_table(scores: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("exam", "figure", "value")
+def figure_rows(scores: dict[str, Any]) -> list[tuple[str, str, float, tuple[float, float] | None]]:
+    """Exam, figure, value and 95 % interval of everything that `synergen eval` measured."""
+    rows = []
     for exam, figures in scores.items():
-        for name, value in _flat(figures):
-            table.add_row(exam, name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    return table
-
-
-def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested figures as dotted names."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, value))
+        shares = {**figures.get("tags", {}), **{k: v for k, v in figures.items() if isinstance(v, float)}}
+        intervals = figures.get("interval", {})
+        for name, value in shares.items():
+            rows.append((exam, name, value, tuple(intervals[name]) if name in intervals else None))
     return rows
 
 
-def _print(table: Table) -> None:
+def _print(scores: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.table import Table
 
+    table = Table("exam", "figure", "value", "95 %")
+    for exam, name, value, interval in figure_rows(scores):
+        bounds = f"{interval[0]:.3f} .. {interval[1]:.3f}" if interval else ""
+        table.add_row(exam, name, f"{value:.3f}", bounds)
     Console().print(table)
