@@ -8,11 +8,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import ops
+from ..weights import read_weights
 from .cache import KVCache
 from .config import SynerGenConfig
 from .folding import FoldedEmbedding
@@ -220,21 +220,15 @@ class SynerGenVL(nn.Module):
         path = folder / WEIGHTS_FILE
         if not path.is_file():
             raise FileNotFoundError(f"model: no {WEIGHTS_FILE} in {folder}")
-        with torch.device("meta"):
-            model = cls(config)
-        wanted = {k: v.shape for k, v in model.state_dict().items()}
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except RuntimeError as e:  # a size past 2^63 bytes
+            raise ValueError(f"model: the config in {folder} cannot be built: {e}") from e
+        wanted = model.state_dict()
         if config.tie_word_embeddings:
             del wanted["output.weight"]
-        try:
-            with safe_open(str(path), "pt") as f:
-                found = {k: torch.Size(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as e:
-            raise ValueError(f"model: {path} is not a safetensors file: {e}") from e
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                shapes = [list(s[name]) if name in s else "nothing" for s in (wanted, found)]
-                raise ValueError(f"model: {name} must be {shapes[0]}, got {shapes[1]} in {path}")
-        state = load_file(str(path))
+        state = read_weights(path, wanted, "model")
         if dtype is not None:
             state = {k: v.to(dtype) for k, v in state.items()}
         if config.tie_word_embeddings:

@@ -152,8 +152,12 @@ class ImageTokenizer(nn.Module):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"image tokenizer: no {name} in {folder}")
-        with torch.device("meta"):
-            model = cls(_read_config(folder / CONFIG_FILE))
+        config = _read_config(folder / CONFIG_FILE)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, ValueError, ZeroDivisionError) as e:  # widths that overflow, or do not divide
+            raise ValueError(f"image tokenizer: {folder / CONFIG_FILE} cannot be built: {e}") from e
         state = read_weights(folder / WEIGHTS_FILE, model.vq.state_dict(), "image tokenizer")
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         model.vq.load_state_dict(state, assign=True)
