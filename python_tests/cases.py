@@ -4,8 +4,10 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from transformers import Emu3VQVAEConfig
 
 from synergen_ext.model import SynerGenConfig, SynerGenVL
+from synergen_ext.processing.image_tokenizer import ImageTokenizer
 
 
 def scaled_down(preset: str, **changes) -> SynerGenConfig:
@@ -77,3 +79,37 @@ def mixed_batch(config: SynerGenConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
     second = [*text_ids(config, 2, seed + 3), config.uncond_id, *picture]
     second += text_ids(config, len(first) - len(second), seed + 4)
     return torch.tensor([first, second]), image_batch(config, 3, seed)
+
+
+def random_image_tokenizer(temporal: int = 4, stride: int = 8, **changes) -> ImageTokenizer:
+    """A small Emu3 tokenizer whose batch norms, spatial norms and codes are not their start values."""
+    torch.manual_seed(1)
+    halvings = stride.bit_length() - 1
+    config = dict(
+        codebook_size=48,
+        embed_dim=4,
+        latent_channels=4,
+        base_channels=32,
+        channel_multiplier=[1] * halvings + [2],
+        num_res_blocks=1,
+        attn_resolutions=[halvings],  # a stage's index; its width must be hidden_size
+        hidden_size=64,
+        temporal_downsample_factor=temporal,
+    )
+    tokenizer = ImageTokenizer(Emu3VQVAEConfig(**{**config, **changes}))
+    with torch.no_grad():
+        for module in tokenizer.modules():
+            if isinstance(module, torch.nn.BatchNorm3d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.3, 3)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_()
+            if isinstance(module, torch.nn.GroupNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.3)
+        # Codes where the latents of noise lie, so that many are in use.
+        z = tokenizer.latents(torch.rand(8, 3, 4 * stride, 4 * stride) * 2 - 1)
+        z = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        codes = tokenizer.vq.quantize.embedding.weight
+        codes.copy_(z[torch.randperm(len(z))[: len(codes)]])
+    return tokenizer.eval()
