@@ -51,6 +51,8 @@ class TokenizerRecipe:
     settle_learning_rate: float = 5e-4
     consistency: float = 4.0  # weight of latents that keep still when the rest of the picture changes
     rate: float = 0.5  # price of one bit of code length, in mean squared quantisation errors
+    merge_every: int = 25  # settling steps between merges of near-equal codes; none in the last 100
+    merge_within: float = 0.15  # distance, in standard deviations of the latents, at which codes are near-equal
     seed: int = 0
 
 
@@ -115,6 +117,27 @@ class EmaCodebook:
             self.idle[dead] = 0
         self.weight.copy_(self.total / self.count.clamp_min(1e-5)[:, None])
         return restarted
+
+    def merge(self, latents: Tensor, within: float, generator: torch.Generator) -> int:
+        """Keep only the most used of codes closer than ``within`` standard deviations; returns how many were freed.
+
+        Freed codes restart where the codebook is worst.
+        """
+        radius = within * float(latents.std(0).mean())
+        near = torch.cdist(self.weight, self.weight) < radius
+        kept = torch.zeros(len(self.weight), dtype=torch.bool)
+        for code in self.count.argsort(descending=True).tolist():
+            kept[code] = not bool((near[code] & kept).any())
+        freed = ~kept
+        count = int(freed.sum())
+        if count:
+            error = torch.cdist(latents, self.weight[kept]).min(1).values.square()
+            chosen = latents[torch.multinomial(error + 1e-12, count, replacement=True, generator=generator)]
+            self.weight[freed] = chosen
+            self.total[freed] = chosen
+            self.count[freed] = 1
+            self.idle[freed] = 0
+        return count
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"count": self.count, "total": self.total, "idle": self.idle}
@@ -280,6 +303,9 @@ def _step(
         consistency = (z - other).square().sum(1)[same].mean()
     if step >= recipe.autoencoder_steps:
         flat = z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        left = recipe.steps + recipe.settle_steps - step
+        if settling and left > 100 and (step - recipe.steps) % recipe.merge_every == recipe.merge_every - 1:
+            codebook.merge(flat, recipe.merge_within, generator)
         ids = codebook.cheapest(flat, recipe.rate if settling else 0.0)
         quantised = codebook.weight[ids].view(*z.shape[:1], *z.shape[2:], -1).permute(0, 3, 1, 2)
         commitment = F.mse_loss(z, quantised)
