@@ -17,6 +17,7 @@ from checkpoints import write_tiny_checkpoint
 from PIL import Image
 
 from synergen_ext.cli import checks, main, measure, train
+from synergen_ext.cli.console import printable
 from synergen_ext.processing.pictures import MAX_PIXELS, load_picture
 
 COMMANDS = ("demo", "generate", "chat", "train", "eval", "bench", "doctor")
@@ -124,10 +125,10 @@ def test_generate_count_goes_through_the_seeds(capsys, tiny, tmp_path):
     code, out, err = run(capsys, *base, "-n", 3, "--seed", 5, "-o", tmp_path / "cat.png")
     names = [tmp_path / f"cat-{seed}.png" for seed in (5, 6, 7)]
     assert (code, out.splitlines(), err) == (0, [str(n) for n in names], "")
-    pixels = [np.asarray(Image.open(n)) for n in names]
-    assert not np.array_equal(pixels[0], pixels[1])
     run(capsys, *base, "--seed", 6, "-o", tmp_path / "single.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "single.png")), pixels[1])
+    five, six, _, single = (np.asarray(Image.open(n), int) for n in (*names, tmp_path / "single.png"))
+    # Convolutions round differently in another batch: at most one level of 255.
+    assert np.abs(single - six).max() <= 1 < np.abs(single - five).max()
 
 
 def test_generate_keeps_a_prompt_in_any_script(capsys, tiny, tmp_path):
@@ -200,7 +201,11 @@ def test_chat_answers(capsys, tiny, picture):
 
     code, out, err = run(capsys, "chat", picture, "How many cars are there?", "--checkpoint", tiny)
     expected = Pipeline.from_pretrained(tiny).ask(load_picture(picture), "How many cars are there?")
-    assert (code, out, err) == (0, f"{expected}\n", "")
+    assert (code, out, err) == (0, f"{printable(expected)}\n", "")
+
+
+def test_answers_cannot_steer_the_terminal():
+    assert printable("two\x1b[2J cats\nund drei Hüte 猫") == "two\N{REPLACEMENT CHARACTER}[2J cats\nund drei Hüte 猫"
 
 
 class Listener:

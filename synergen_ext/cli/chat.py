@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .checks import BadInput, check_checkpoint, check_file, check_text, open_picture, refusing
-from .console import load_pipeline
+from .console import load_pipeline, printable
 from .options import Checkpoint, examples
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def chat(
         question = check_text("question", question)
         pipeline = load_pipeline(checkpoint)
         with refusing():
-            print(pipeline.ask(image, question))
+            print(printable(str(pipeline.ask(image, question))))
         return
     converse(load_pipeline(checkpoint), image, history)
 
@@ -78,5 +78,5 @@ def converse(pipeline: Pipeline, image: Image.Image, remembered: int) -> None:
         except BadInput as error:  # one bad question does not end a conversation
             print(error, file=sys.stderr)
             continue
-        print(answer, flush=True)
+        print(printable(str(answer)), flush=True)
         turns.append((question, str(answer)))

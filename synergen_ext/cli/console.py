@@ -12,6 +12,12 @@ from .checks import refusing
 if TYPE_CHECKING:
     from ..generation.pipeline import Pipeline
 
+
+def printable(text: str) -> str:
+    """What a model said, without characters that could steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 #: Called with (done, total).
 OnProgress = Callable[[int, int], None]
 

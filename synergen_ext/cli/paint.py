@@ -17,7 +17,7 @@ from .checks import (
     check_text,
     refusing,
 )
-from .console import load_pipeline, progress
+from .console import load_pipeline, printable, progress
 from .options import Checkpoint, Guidance, examples
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ def demo(
     print(f"\nShowed the same model {len(described.pictures)} drawn pictures: {described.path}")
     print(f"It answered {right} of {asked} questions right:")
     for picture in described.pictures:
-        print(f"  {picture.caption}")
+        print(f"  {printable(picture.caption)}")
         for answer in picture.answers:
             note = "" if answer.right else f"   (wrong: {answer.truth})"
-            print(f"    {answer.question} {answer.text}{note}")
+            print(f"    {answer.question} {printable(answer.text)}{note}")
     print(f"\nBoth on one page: {page}")
 
 
