@@ -43,7 +43,7 @@ def phrase(groups: tuple[Group, ...], relation: str | None) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
-def _seen_groups(scene: Scene) -> tuple[Group, ...]:
+def seen_groups(scene: Scene) -> tuple[Group, ...]:
     """The scene's groups with the colours they were given, in the request's order."""
     from .compose import Group
 
@@ -62,7 +62,7 @@ def seen_relation(scene: Scene) -> str | None:
 
 def caption(scene: Scene) -> str:
     """Every object with its count and colour, and the relation where there is one."""
-    return phrase(_seen_groups(scene), seen_relation(scene))
+    return phrase(seen_groups(scene), seen_relation(scene))
 
 
 def naming_answer(scene: Scene) -> str:
@@ -93,7 +93,7 @@ def questions(scene: Scene, rng: np.random.Generator, training: bool = True) -> 
     """Question-answer pairs about one scene, in random order: caption, names, colours, counts, presence, place."""
     from .compose import held_out_relations, opposite
 
-    groups = _seen_groups(scene)
+    groups = seen_groups(scene)
     absent = [n for n in OBJECTS if all(n != g.name for g in groups)]
     pairs = [(CAPTION_INSTRUCTION, caption(scene)), (NAME_QUESTION, naming_answer(scene))]
     for g in groups:
