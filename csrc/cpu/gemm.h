@@ -30,6 +30,10 @@ constexpr int kLanes = kVecs * VecOf<A>::N;
 // Depth of a packed block: a panel of v (256 x 32 floats, 32 KiB) stays in the first-level cache
 // while all of p passes.
 constexpr int64_t kDepth = 256;
+// Products that are added one after another in a register before they join the rest in memory. The
+// rounding error of a chain grows with its length: with 256 the root mean square was 1.35 times
+// that of MKL, with 128 it is equal, at 2 % of the time.
+constexpr int64_t kChain = 128;
 
 enum class Order {
   kByRow,
@@ -39,24 +43,28 @@ enum class Order {
 template <class A, int Vecs, Order order>
 inline void multiply_tile(const A* p, const A* v, int64_t depth, bool add, A* acc) {
   using V = VecOf<A>;
-  V sum[kRows][Vecs];
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[Vecs];
+  for (int64_t begin = 0; begin < depth; begin += kChain) {
+    const int64_t end = begin + kChain < depth ? begin + kChain : depth;
+    V sum[kRows][Vecs];
+    for (int64_t k = begin; k < end; ++k) {
+      V right[Vecs];
 #pragma GCC unroll 2
-    for (int j = 0; j < Vecs; ++j) right[j] = V::load(v + k * kLanes<A> + j * V::N);
+      for (int j = 0; j < Vecs; ++j) right[j] = V::load(v + k * kLanes<A> + j * V::N);
+#pragma GCC unroll 12
+      for (int m = 0; m < kRows; ++m) {
+        const V left(order == Order::kByRow ? p[m * kDepth + k] : p[k * kRows + m]);
+#pragma GCC unroll 2
+        for (int j = 0; j < Vecs; ++j) sum[m][j] = fma(left, right[j], sum[m][j]);
+      }
+    }
+    const bool more = add || begin > 0;
 #pragma GCC unroll 12
     for (int m = 0; m < kRows; ++m) {
-      const V left(order == Order::kByRow ? p[m * kDepth + k] : p[k * kRows + m]);
 #pragma GCC unroll 2
-      for (int j = 0; j < Vecs; ++j) sum[m][j] = fma(left, right[j], sum[m][j]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 2
-    for (int j = 0; j < Vecs; ++j) {
-      A* out = acc + m * kLanes<A> + j * V::N;
-      (add ? V::load(out) + sum[m][j] : sum[m][j]).store(out);
+      for (int j = 0; j < Vecs; ++j) {
+        A* out = acc + m * kLanes<A> + j * V::N;
+        (more ? V::load(out) + sum[m][j] : sum[m][j]).store(out);
+      }
     }
   }
 }

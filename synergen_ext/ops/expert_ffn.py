@@ -52,9 +52,7 @@ def expert_ffn(
     inputs = (x, gate, up, down, expert_weight)
     wants_gradient = any(t is not None and t.requires_grad for t in inputs)
     if wants_gradient and torch.is_grad_enabled() and not recompute:
-        y, _, _ = torch.ops.synergen.expert_ffn_train(
-            x, gate, up, down, expert_index, expert_weight
-        )
+        y, _, _ = torch.ops.synergen.expert_ffn_train(x, gate, up, down, expert_index, expert_weight)
         return y
     return torch.ops.synergen.expert_ffn(x, gate, up, down, expert_index, expert_weight)
 

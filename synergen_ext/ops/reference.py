@@ -17,9 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return (y * _wide(weight)).to(x.dtype)
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """Gradients of `rms_norm` to x and weight, written out."""
     wide, g = _wide(x), _wide(dy)
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -52,9 +50,7 @@ def fold_tokens(ids: Tensor, table: Tensor, pos: Tensor, m: int, n: int) -> Tens
     return windows.reshape(batch, (h // m) * (w // n), m * n * dim)
 
 
-def fold_tokens_backward(
-    dy: Tensor, ids: Tensor, vocab: int, m: int, n: int
-) -> tuple[Tensor, Tensor]:
+def fold_tokens_backward(dy: Tensor, ids: Tensor, vocab: int, m: int, n: int) -> tuple[Tensor, Tensor]:
     """Gradients of `fold_tokens` to table and pos, written out."""
     batch, h, w = ids.shape
     dim = dy.shape[-1] // (m * n)
@@ -82,7 +78,10 @@ def expert_ffn(
     down: Tensor,
     expert_index: Tensor,
     expert_weight: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
+    """`recompute` changes nothing here: autograd keeps what it wants."""
     return expert_ffn_train(x, gate, up, down, expert_index, expert_weight)[0]
 
 
@@ -135,8 +134,7 @@ def expert_ffn_backward(
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dy) if wanted else ())
     dx, dgate, dup, ddown, dweight = (
-        next(found) if need else leaf.new_empty(0)
-        for leaf, need in zip(leaves, needed, strict=True)
+        next(found) if need else leaf.new_empty(0) for leaf, need in zip(leaves, needed, strict=True)
     )
     return dx, dgate, dup, ddown, dweight
 
@@ -166,23 +164,23 @@ def sample_tokens(
     logits: Tensor,
     seed: Tensor,
     position: Tensor,
+    *,
     uncond_logits: Tensor | None = None,
-    guidance: Tensor | None = None,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
 
-    def per_row(value: Tensor | None, default: float) -> Tensor:
-        value = torch.tensor(default, device=logits.device) if value is None else value
-        return value.expand(rows)[:, None]
+    def per_row(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, device=logits.device).expand(rows)[:, None]
 
     # 1. Guidance.
     c = _wide(logits)
     mixed, valid = c, ~c.isnan().any(-1)
     if uncond_logits is not None:
-        u, s = _wide(uncond_logits), per_row(guidance, 1.0).to(c.dtype)
+        u, s = _wide(uncond_logits), per_row(guidance).to(c.dtype)
         valid &= ~u.isnan().any(-1)
         mixed = torch.where(s == 1, c, u + s * (c - u))
         mixed = mixed.masked_fill((c == -torch.inf) | (u == -torch.inf), -torch.inf)
@@ -190,7 +188,7 @@ def sample_tokens(
     valid &= most[:, 0].isfinite()
 
     # 2. Temperature. The mass of a token is an integer, so that sums are exact: V * 2^bits <= 2^62.
-    t = per_row(temperature, 1.0).double()
+    t = per_row(temperature).double()
     bits = min(50, 62 - (vocab - 1).bit_length())
     z = (mixed.double() - most.double()) / torch.where(t == 0, 1.0, t)
     mass = (z.clamp(min=-64.0).exp() * 2.0**bits).round().nan_to_num(0.0).to(torch.int64)
@@ -199,11 +197,11 @@ def sample_tokens(
     # 3. Top-k, by rank. A stable sort keeps rising ids among equals.
     order = mixed.sort(dim=-1, descending=True, stable=True).indices
     mass = mass.gather(-1, order)
-    k, rank = per_row(top_k, 0), torch.arange(vocab, device=logits.device)
+    k, rank = per_row(top_k), torch.arange(vocab, device=logits.device)
     mass = mass.masked_fill((k > 0) & (rank >= k), 0)
 
     # 4. Top-p: the shortest prefix that reaches p of the mass left.
-    p = per_row(top_p, 1.0).double()
+    p = per_row(top_p).double()
     target = (p * mass.sum(-1, keepdim=True).double()).ceil().clamp(min=1).to(torch.int64)
     mass = mass.masked_fill((p < 1) & (mass.cumsum(-1) - mass >= target), 0)
 

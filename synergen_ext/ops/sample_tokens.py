@@ -53,7 +53,18 @@ def sample_tokens(
     Raises:
         ValueError: a shape, dtype, device or value does not fit.
     """
-    arguments = (
+    if not use_native():
+        return reference.sample_tokens(
+            logits.detach(),
+            seed,
+            position,
+            uncond_logits=None if uncond_logits is None else uncond_logits.detach(),
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+    return torch.ops.synergen.sample_tokens(
         logits.detach(),
         seed,
         position,
@@ -63,14 +74,9 @@ def sample_tokens(
         _as_tensor(top_k, 0, torch.int64, logits.device),
         _as_tensor(top_p, 1.0, torch.float64, logits.device),
     )
-    if not use_native():
-        return reference.sample_tokens(*arguments)
-    return torch.ops.synergen.sample_tokens(*arguments)
 
 
-def _as_tensor(
-    value: float | Tensor, default: float, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
+def _as_tensor(value: float | Tensor, default: float, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     if not isinstance(value, Tensor):
         return None if value == default else torch.tensor(value, dtype=dtype, device=device)
     same_kind = value.is_floating_point() == dtype.is_floating_point
@@ -92,4 +98,26 @@ def _fake(
     return seed.new_empty((rows,)), seed.new_empty((rows,), dtype=torch.bool)
 
 
-reference_on_cuda("sample_tokens", reference.sample_tokens)
+def _on_cuda(
+    logits: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    uncond_logits: Tensor | None = None,
+    guidance: Tensor | None = None,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return reference.sample_tokens(
+        logits,
+        seed,
+        position,
+        uncond_logits=uncond_logits,
+        guidance=1.0 if guidance is None else guidance,
+        temperature=1.0 if temperature is None else temperature,
+        top_k=0 if top_k is None else top_k,
+        top_p=1.0 if top_p is None else top_p,
+    )
+
+
+reference_on_cuda("sample_tokens", _on_cuda)

@@ -5,22 +5,22 @@
 // With h = silu(g) * u, s = sigmoid(g), a routing weight w and dh = down^T dy:
 //   dw = h . dh,  du = w dh silu(g),  dg = w dh u s (1 + g (1 - s)),  dx = gate^T dg + up^T du,
 //   dgate = sum dg x^T,  dup = sum du x^T,  ddown = sum w dy h^T.
+#pragma once
+
 #include "cpu/expert_ffn.h"
 
 namespace synergen::cpu::SYNERGEN_ISA {
-namespace {
-
-constexpr int64_t kWide = 128;   // lanes of a task: columns of the result
-constexpr int64_t kChunk = 192;  // rows of an expert in one task
-constexpr int64_t kTall = 96;    // rows of a weight gradient in one task
 
 template <class A>
-class Backward {
+class ExpertFfnBackward {
   using V = VecOf<A>;
   static constexpr int64_t N = V::N, L = kLanes<A>;
+  static constexpr int64_t kWide = 128;   // lanes of a task: columns of the result
+  static constexpr int64_t kChunk = 192;  // rows of an expert in one task
+  static constexpr int64_t kTall = 96;    // rows of a weight gradient in one task
 
  public:
-  explicit Backward(const ExpertFfnBackwardParams& p)
+  explicit ExpertFfnBackward(const ExpertFfnBackwardParams& p)
       : p_(p),
         routing_(p),
         step_(round_up(p.hidden, N)),
@@ -206,25 +206,5 @@ class Backward {
   const int64_t step_, blocks_;
   Scratch<A> hidden_, dgate_, dup_, dweight_;  // [rows][step_]; the last [rows][blocks_]
 };
-
-}  // namespace
-
-void expert_ffn_backward(const ExpertFfnBackwardParams& p) {
-  const bool again = !p.gate_pre;
-  const int64_t bytes = again ? p.tokens * p.top_k * p.hidden * size_of(p.dtype) : 0;
-  Scratch<char> gate_pre(bytes), up_pre(bytes);
-  ExpertFfnBackwardParams q = p;
-  if (again) {
-    q.y = nullptr;
-    q.gate_pre = gate_pre.data();
-    q.up_pre = up_pre.data();
-    expert_ffn(static_cast<const ExpertFfnParams&>(q));
-  }
-  if (p.dtype == DType::kFloat64) {
-    Backward<double>(q).run();
-  } else {
-    Backward<float>(q).run();
-  }
-}
 
 }  // namespace synergen::cpu::SYNERGEN_ISA
