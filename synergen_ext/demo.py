@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ class Painted:
     path: Path
     prompts: list[str]
     new: list[bool]  # the prompt holds a combination that training never saw
-    seed: int
+    seed: int  # of the first picture; the next has the next
     guidance: float
 
 
@@ -103,14 +104,19 @@ def prompts() -> list[str]:
 
 
 def paint(pipeline: Pipeline, out: Path, seed: int = 0, on_progress: OnProgress | None = None) -> Painted:
-    """Paint ``prompts()`` and write the contact sheet ``out/painted.png``; ``out`` must exist."""
+    """Paint ``prompts()``, the k-th with seed ``seed + k``, and write the contact sheet ``out/painted.png``.
+
+    The folder must exist.
+    """
     words = prompts()
-    pictures = pipeline.paint(words, seeds=[seed] * len(words), on_progress=on_progress)
+    seeds = list(range(seed, seed + len(words)))
+    pictures = pipeline.paint(words, seeds=seeds, on_progress=on_progress)
     new = [is_held_out(groups, relation) for groups, relation in REQUESTS]
     guidance = pipeline.config.guidance
-    note = f"synergen_ext {__version__}, seed {seed}, guidance {guidance:g}. * = a combination never seen in training."
+    note = f"synergen_ext {__version__}, seeds {seed} to {seeds[-1]}, guidance {guidance:g}. "
+    note += "* = a combination never seen in training."
     path = out / PAINTED
-    _contact_sheet(pictures, [w + " *" * n for w, n in zip(words, new, strict=True)], note).save(path)
+    _contact_sheet(pictures, [w + "*" * n for w, n in zip(words, new, strict=True)], note).save(path)
     return Painted(path, words, new, seed, guidance)
 
 
@@ -162,7 +168,7 @@ def write_page(out: Path, painted: Painted, described: Described) -> Path:
     lines = [
         "# Painted from words",
         "",
-        f"Seed {painted.seed}, guidance {painted.guidance:g}. A star marks a combination that training never saw.",
+        f"Seeds from {painted.seed}, guidance {painted.guidance:g}. A star marks a combination that training never saw.",
         "",
         f"![painted pictures]({PAINTED})",
         "",
@@ -234,16 +240,20 @@ def _contact_sheet(pictures: list[Image.Image], captions: list[str], note: str) 
 
 
 def _table(images: list[Image.Image], pictures: list[Picture]) -> Image.Image:
-    """A row a picture: the picture, the model's caption, then each question with the model's answer."""
-    font, side, width, step = ImageFont.load_default(18), 192, 1000, 26
-    left = 2 * _MARGIN + side
+    """A row a picture: the picture, what the model says it shows, then each question beside the model's answer."""
+    font, side, step = ImageFont.load_default(18), 192, 26
+    left, middle, width = 2 * _MARGIN + side, 640, 1060
     blocks = []
     for p in pictures:
-        lines = [(line, _INK) for line in _wrap(f"Model: {p.caption}", font, width - left - _MARGIN)]
-        lines += [(line, _GRAY) for line in _wrap(f"Drawn: {p.truth}", font, width - left - _MARGIN)]
+        rows = [("Caption", p.caption, p.truth if p.caption != p.truth else "", _INK)]
         for a in p.answers:
-            text = f"{a.question} {a.text}" + ("" if a.right else f"  (wrong: {a.truth})")
-            lines += [(line, _GREEN if a.right else _RED) for line in _wrap(text, font, width - left - _MARGIN)]
+            rows.append((a.question, a.text, "" if a.right else a.truth, _GREEN if a.right else _RED))
+        lines = []
+        for question, text, truth, color in rows:
+            asked = _wrap(question, font, middle - left - _MARGIN)
+            said = [(line, color) for line in _wrap(text, font, width - middle - _MARGIN)]
+            said += [(line, _GRAY) for line in _wrap(f"drawn: {truth}", font, width - middle - _MARGIN) if truth]
+            lines += list(zip_longest(asked, said))
         blocks.append(lines)
     heights = [max(side, step * len(lines)) + _MARGIN for lines in blocks]
     sheet = Image.new("RGB", (width, _MARGIN + sum(heights)), "white")
@@ -252,7 +262,9 @@ def _table(images: list[Image.Image], pictures: list[Picture]) -> Image.Image:
     for image, lines, height in zip(images, blocks, heights, strict=True):
         sheet.paste(_enlarged(image, side), (_MARGIN, y))
         pen.rectangle((_MARGIN - 1, y - 1, _MARGIN + side, y + side), outline=(200, 200, 200))
-        for j, (line, color) in enumerate(lines):
-            pen.text((left, y + step * j), line, color, font)
+        for j, (question, answer) in enumerate(lines):
+            pen.text((left, y + step * j), question or "", _GRAY, font)
+            if answer:
+                pen.text((middle, y + step * j), *answer, font)
         y += height
     return sheet

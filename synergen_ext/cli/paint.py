@@ -53,7 +53,7 @@ def demo(
     """Paint eight pictures from words, describe six drawn pictures, and say where the results are."""
     from .. import demo as show
 
-    check_seed(seed)
+    check_seed(seed, len(show.REQUESTS))
     check_checkpoint(checkpoint)
     check_output_folder(out)
     with refusing():
