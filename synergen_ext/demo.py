@@ -168,7 +168,7 @@ def write_page(out: Path, painted: Painted, described: Described) -> Path:
     lines = [
         "# Painted from words",
         "",
-        f"Seeds from {painted.seed}, guidance {painted.guidance:g}. A star marks a combination that training never saw.",
+        f"Seeds from {painted.seed}, guidance {painted.guidance:g}. A star: a combination that training never saw.",
         "",
         f"![painted pictures]({PAINTED})",
         "",
