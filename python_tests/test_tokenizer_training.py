@@ -1,0 +1,298 @@
+"""The image tokenizer's trainer: it learns, uses its codes, and an interrupted run ends in the same bits."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from synergen_ext.processing.image_tokenizer import ImageTokenizer
+from synergen_ext.scenes import CANVAS
+from synergen_ext.training.checkpoints import load_state, save_state
+from synergen_ext.training.run import _flatten, _nest
+from synergen_ext.training.tokenizer import (
+    EmaCodebook,
+    TokenizerRecipe,
+    batch_pixels,
+    build,
+    changed_pixels,
+    reconstruction_loss,
+    train_tokenizer,
+    unchanged_tokens,
+)
+
+RECIPE = TokenizerRecipe(
+    model=dict(
+        codebook_size=32,
+        embed_dim=4,
+        latent_channels=4,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        hidden_size=32,
+        temporal_downsample_factor=1,
+    ),
+    steps=40,
+    batch=4,
+    crop=40,
+    full_steps=0,
+    autoencoder_steps=12,
+    learning_rate=4e-3,
+    warmup=5,
+    restart_after=8,
+)
+#: Every phase in a few steps: autoencoder, codes, whole scenes, settling.
+SHORT = dataclasses.replace(
+    RECIPE, steps=5, batch=1, full_steps=1, full_batch=1, autoencoder_steps=2, settle_steps=3, restart_after=1
+)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(10 * torch.log10(4 / (a - b).square().mean()))
+
+
+def weights(model: ImageTokenizer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_equal_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[ImageTokenizer, list[dict[str, float]]]:
+    figures: list[dict[str, float]] = []
+    model = train_tokenizer(RECIPE, on_step=lambda step, f: figures.append(f))
+    return model, figures
+
+
+# ---- it learns ----------------------------------------------------------------------------------
+
+
+def test_reconstruction_of_unseen_scenes_improves(trained):
+    """In four seconds it beats what no picture of one colour each can do."""
+    other = dataclasses.replace(RECIPE, seed=77)
+    pixels = torch.cat([batch_pixels(other, step) for step in range(4)])
+    after = psnr(trained[0].decode(trained[0].encode(pixels)), pixels)
+    untrained = build(RECIPE).eval()
+    before = psnr(untrained.decode(untrained.encode(pixels)), pixels)
+    one_color_each = psnr(pixels.mean((2, 3), keepdim=True).expand_as(pixels), pixels)
+    assert after > before + 3 and after > one_color_each + 0.5
+
+
+def test_figures_say_what_happened(trained):
+    figures = trained[1]
+    assert len(figures) == RECIPE.steps
+    assert all(math.isfinite(v) for f in figures for v in f.values())
+    assert figures[-1]["loss"] < figures[0]["loss"] / 2
+    assert all(f["codes_used"] == 0 == f["commitment"] for f in figures[: RECIPE.autoencoder_steps])
+    assert all(f["commitment"] > 0 for f in figures[RECIPE.autoencoder_steps :])
+    assert figures[-1]["codes_used"] > 0.9
+
+
+def test_codes_are_in_use(trained):
+    pixels = torch.cat([batch_pixels(dataclasses.replace(RECIPE, seed=77), step) for step in range(4)])
+    assert len(trained[0].encode(pixels).unique()) > 0.75 * 32
+
+
+def test_the_encoder_learns_through_the_codes():
+    """The straight-through estimator: after the codes are placed, gradients still reach the first layer."""
+    seen = []
+
+    def on_save(state):
+        model = state["model"]
+        seen.append((model["vq.encoder.conv_in.weight"].clone(), model["vq.quantize.embedding.weight"].clone()))
+
+    train_tokenizer(SHORT, save_every=1, on_save=on_save)
+    codes_moved = [not torch.equal(a[1], b[1]) for a, b in zip(seen, seen[1:], strict=False)]
+    encoder_moved = [not torch.equal(a[0], b[0]) for a, b in zip(seen, seen[1:], strict=False)]
+    assert all(encoder_moved)
+    assert codes_moved == [step >= SHORT.autoencoder_steps for step in range(1, len(seen))]
+
+
+def test_batch_norms_keep_their_statistics(trained):
+    for module in trained[0].modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            assert (module.running_mean == 0).all() and (module.running_var == 1).all()
+
+
+# ---- deterministic, resumable -------------------------------------------------------------------
+
+
+def test_equal_recipes_give_equal_tokenizers():
+    torch.manual_seed(1)
+    first = weights(train_tokenizer(SHORT))
+    torch.manual_seed(2)  # nobody else's seed plays a part
+    assert_equal_bits(weights(train_tokenizer(SHORT)), first)
+    other = weights(train_tokenizer(dataclasses.replace(SHORT, seed=1)))
+    assert any(not torch.equal(v, other[k]) for k, v in first.items())
+
+
+def test_resumed_is_unbroken(tmp_path):
+    """From before and inside each phase, through the file a run writes: the same bits at the end."""
+
+    def on_save(state):
+        save_state(tmp_path / f"{state['step']}.safetensors", *_flatten(state))
+
+    whole = weights(train_tokenizer(SHORT, save_every=1, on_save=on_save))
+    total = SHORT.steps + SHORT.settle_steps
+    assert sorted(p.stem for p in tmp_path.glob("*")) == [str(i) for i in range(1, total)]
+    for step in (SHORT.autoencoder_steps, SHORT.steps - 1, SHORT.steps, total - 1):
+        torch.manual_seed(step)
+        state = _nest(*load_state(tmp_path / f"{step}.safetensors"))
+        assert state["step"] == step
+        assert_equal_bits(weights(train_tokenizer(SHORT, state)), whole)
+
+
+# ---- the codebook -------------------------------------------------------------------------------
+
+
+def codebook(*codes: float, decay: float = 0.5) -> EmaCodebook:
+    return EmaCodebook(torch.tensor(codes)[:, None], decay)
+
+
+def test_codes_follow_their_latents():
+    """One update by hand: N = .5 * 1 + .5 * n, sum = .5 * old + .5 * sum of latents, code = sum / N."""
+    book = codebook(0.0, 10.0)
+    latents = torch.tensor([[1.0], [3.0], [11.0]])
+    restarted = book.update(latents, torch.tensor([0, 0, 1]), 5, torch.Generator())
+    assert restarted == 0
+    assert book.count.tolist() == [1.5, 1.0]
+    assert book.weight.flatten().tolist() == pytest.approx([(0 + 4) / 2 / 1.5, (10 + 11) / 2 / 1.0])
+
+
+def test_dead_codes_restart_on_live_latents():
+    """A code that nobody chooses for more than ``restart_after`` steps lands on a latent; used ones stay."""
+    book = codebook(0.0, 1.0, 99.0)
+    latents = torch.tensor([[0.0], [1.0], [1.6]])
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        ids = torch.cdist(latents, book.weight).argmin(1)
+        assert 2 not in ids
+        restarted = book.update(latents, ids, 3, generator)
+        assert restarted == (step == 3), step
+    assert book.weight[2].item() == pytest.approx(1.6)  # the worst coded of the three
+    assert book.idle.tolist() == [0, 0, 0]
+
+
+def test_a_code_used_now_and_then_is_not_dead():
+    book = codebook(0.0, 5.0)
+    near, far = torch.tensor([[0.0]]), torch.tensor([[5.0]])
+    for step in range(20):
+        latents = far if step % 3 == 2 else near
+        ids = torch.tensor([1 if step % 3 == 2 else 0])
+        assert book.update(latents, ids, 3, torch.Generator()) == 0
+
+
+@pytest.mark.parametrize("by_error", [False, True])
+def test_placing_leaves_no_code_without_latents(by_error):
+    """Four clumps of very different sizes, four codes: by squared error each clump has its code."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    which = torch.tensor([0] * 400 + [1] * 40 + [2] * 40 + [3] * 20)
+    latents = centres[which] + 0.1 * torch.randn(500, 2, generator=generator)
+    book = EmaCodebook(torch.zeros(4, 2), 0.9)
+    book.place(latents, generator, by_error=by_error)
+    ids = torch.cdist(latents, book.weight).argmin(1)
+    assert len(ids.unique()) == 4
+    if by_error:
+        assert torch.cdist(centres, book.weight).min(1).values.max() < 0.3
+    assert book.count.tolist() == [1] * 4 and torch.equal(book.total, book.weight)
+
+
+def test_placing_needs_a_latent_a_code():
+    with pytest.raises(ValueError, match="codebook of 4 codes needs at least 4 latents, got 3"):
+        EmaCodebook(torch.zeros(4, 2), 0.9).place(torch.zeros(3, 2), torch.Generator())
+
+
+def test_the_nearest_code_is_chosen_when_bits_are_free():
+    book = EmaCodebook(torch.randn(16, 3), 0.9)
+    book.count.uniform_(0, 9)
+    latents = torch.randn(100, 3)
+    assert torch.equal(book.cheapest(latents, 0.0), torch.cdist(latents, book.weight).argmin(1))
+
+
+def test_rare_codes_cost_bits():
+    """d^2 + rate * mean error * bits, by hand: a latent between two codes goes to the frequent one."""
+    book = codebook(0.0, 1.0)
+    book.count = torch.tensor([7.0, 1.0])  # about 0.19 and 3 bits
+    latents = torch.tensor([[0.6]])  # squared distances .36 and .16; the mean error is .16
+    assert book.cheapest(latents, 0.0).item() == 1
+    assert book.cheapest(latents, 0.4).item() == 1  # .36 + .01 against .16 + .19
+    assert book.cheapest(latents, 0.6).item() == 0  # .36 + .02 against .16 + .29
+
+
+def test_near_equal_codes_merge_into_the_most_used():
+    book = codebook(0.0, 0.01, 5.0)
+    book.count = torch.tensor([1.0, 9.0, 1.0])
+    latents = torch.tensor([[0.0], [0.0], [5.0], [8.0]])
+    freed = book.merge(latents, 0.15, torch.Generator().manual_seed(0))
+    assert freed == 1
+    assert book.weight[1].item() == pytest.approx(0.01) and book.weight[2].item() == 5.0
+    assert book.weight[0].item() == 8.0  # freed, and placed where the codebook was worst
+
+
+def test_distant_codes_do_not_merge():
+    book = codebook(0.0, 2.0, 5.0)
+    before = book.weight.clone()
+    assert book.merge(torch.tensor([[0.0], [2.0], [5.0]]), 0.15, torch.Generator()) == 0
+    assert torch.equal(book.weight, before)
+
+
+# ---- pixels and losses --------------------------------------------------------------------------
+
+
+def test_pixels_are_a_function_of_seed_and_step():
+    first = batch_pixels(SHORT, 0)
+    assert torch.equal(batch_pixels(SHORT, 0), first)
+    assert not torch.equal(batch_pixels(SHORT, 1), first)
+    assert not torch.equal(batch_pixels(dataclasses.replace(SHORT, seed=3), 0), first)
+
+
+def test_crops_hold_an_object_and_the_end_sees_whole_scenes():
+    recipe = dataclasses.replace(SHORT, steps=3, full_steps=1, batch=3, crop=48, full_batch=2)
+    crops, scenes = batch_pixels(recipe, 1), batch_pixels(recipe, 2)
+    assert crops.shape == (3, 3, 48, 48) and scenes.shape == (2, 3, CANVAS, CANVAS)
+    assert batch_pixels(recipe, 3).shape == scenes.shape  # settling goes on with whole scenes
+    for pictures in (crops, scenes):
+        assert pictures.min() >= -1 and pictures.max() <= 1
+        assert all((p < 0.9).any(0).float().mean() > 0.02 for p in pictures)
+
+
+def test_removed_objects_change_only_their_tokens():
+    recipe = dataclasses.replace(SHORT, full_batch=6, full_steps=SHORT.steps)
+    before, after = batch_pixels(recipe, 0), changed_pixels(recipe, 0)
+    assert before.shape == after.shape and torch.equal(changed_pixels(recipe, 0), after)
+    same = unchanged_tokens(before, after, 8)
+    assert same.shape == (6, CANVAS // 8, CANVAS // 8)
+    assert not same.flatten(1).all(1).any()  # something is gone from every scene
+    assert same.float().mean() > 0.3
+
+
+def test_unchanged_tokens_by_hand():
+    a = torch.zeros(1, 3, 16, 24)
+    b = a.clone()
+    b[0, 2, 7, 8] = 1e-3  # one channel of one pixel, in the last row of token (0, 1)
+    assert unchanged_tokens(a, b, 8).tolist() == [[[True, False, True], [True, True, True]]]
+
+
+def test_reconstruction_loss_by_hand():
+    target = torch.zeros(1, 1, 2, 2)
+    assert reconstruction_loss(target, target, 1.0) == 0
+    flat = reconstruction_loss(target + 0.5, target, 1.0)
+    assert flat.item() == pytest.approx(0.5 + 2 * 0.25)  # no edges: neighbours are off by the same
+    out = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
+    assert reconstruction_loss(out, target, 3.0).item() == pytest.approx(0.25 + 2 * 0.25 + 3 * (0.5 + 0.5))
+
+
+def test_a_fresh_decoder_starts_near_grey():
+    """The spatial norms start as plain norms; with transformers' start the first loss is dozens of times larger."""
+    model = build(RECIPE)
+    pixels = batch_pixels(RECIPE, 0)
+    with torch.no_grad():
+        out = model.pixels(model.latents(pixels))
+    assert out.abs().max() < 3
+    assert torch.equal(model.vq.decoder.conv_out.weight, build(RECIPE).vq.decoder.conv_out.weight)
