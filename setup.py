@@ -35,8 +35,7 @@ def find_torch() -> tuple[Path, str]:
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TORCH_FLOOR:
         raise SetupError(
-            f"synergen_ext needs torch >= 2.13 to build, got {version};"
-            " run `pip install -U 'torch>=2.13'`"
+            f"synergen_ext needs torch >= 2.13 to build, got {version}; run `pip install -U 'torch>=2.13'`"
         )
     return Path(spec.submodule_search_locations[0]), version
 
@@ -64,9 +63,7 @@ def count_jobs() -> int:
     """As many compile jobs as cores, fewer where half the free memory would not hold them."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (ValueError, OSError):
@@ -81,9 +78,7 @@ def run(command: list[str]) -> None:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
     except FileNotFoundError:
-        raise SetupError(
-            f"synergen_ext needs {command[0]} to build; run `pip install cmake ninja`"
-        ) from None
+        raise SetupError(f"synergen_ext needs {command[0]} to build; run `pip install cmake ninja`") from None
     reason = "the first error above says why"
     assert process.stdout is not None
     for line in process.stdout:
@@ -130,6 +125,4 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(
-        ext_modules=[Extension("synergen_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild}
-    )
+    setup(ext_modules=[Extension("synergen_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

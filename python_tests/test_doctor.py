@@ -62,9 +62,7 @@ def test_old_or_missing_packages(monkeypatch):
 def test_missing_extra(extra, monkeypatch):
     real = importlib.util.find_spec
     missing = doctor.EXTRAS[extra][0]
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in missing else real(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else real(name))
     check = doctor._extra(extra)
     assert not check.ok and check.remedy == f"pip install 'synergen_ext[{extra}]'"
 

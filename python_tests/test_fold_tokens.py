@@ -78,9 +78,7 @@ def test_same_result_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("batch", "h", "w", "dim", "vocab"), [(0, 4, 8, 3, 5), (2, 0, 8, 3, 5), (2, 4, 8, 0, 5)]
-)
+@pytest.mark.parametrize(("batch", "h", "w", "dim", "vocab"), [(0, 4, 8, 3, 5), (2, 0, 8, 3, 5), (2, 4, 8, 0, 5)])
 def test_empty(batch, h, w, dim, vocab, device):
     args = inputs(batch, h, w, 2, 4, dim, vocab, dtype=torch.float32, device=device)
     y, dtable, dpos = run_with_gradients(ops.fold_tokens, args)
@@ -96,9 +94,7 @@ def test_gradcheck(device):
 
 def test_second_derivative_is_refused():
     ids, table, pos, m, n = inputs(1, 2, 4, 2, 2, 3, 4, dtype=torch.float64)
-    (dtable,) = torch.autograd.grad(
-        ops.fold_tokens(ids, table, pos, m, n).square().sum(), table, create_graph=True
-    )
+    (dtable,) = torch.autograd.grad(ops.fold_tokens(ids, table, pos, m, n).square().sum(), table, create_graph=True)
     with pytest.raises(RuntimeError, match="fold_tokens: second derivatives are not implemented"):
         dtable.sum().backward()
 
@@ -121,9 +117,7 @@ def test_compile(dynamic, device):
 
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
     args = inputs(3, 4, 8, 2, 4, 6, 11, dtype=torch.float32, device=device)
-    for got, wanted in zip(
-        run_with_gradients(compiled, args), run_with_gradients(block, args), strict=True
-    ):
+    for got, wanted in zip(run_with_gradients(compiled, args), run_with_gradients(block, args), strict=True):
         torch.testing.assert_close(got, wanted)
 
 

@@ -69,16 +69,12 @@ def test_numpy_in_numpy_out(name):
             assert torch.equal(torch.from_numpy(got), want)
 
 
-@pytest.mark.parametrize(
-    "name", ["rms_norm", "rope", "fold_tokens", "rms_norm_backward", "fold_tokens_backward"]
-)
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "fold_tokens", "rms_norm_backward", "fold_tokens_backward"])
 def test_against_the_reference(name):
     for dtype in (torch.float32, torch.float16):
         args = arguments(name, dtype)
         ours = [torch.from_numpy(y) for y in as_tuple(getattr(kernels, name)(*numpy_of(args)))]
-        wide = [
-            a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
-        ]
+        wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         function = getattr(reference, name)
         if name == "rope":
             rival, truth = (function(*a[:4], inverse=a[4]) for a in (args, wide))
@@ -268,9 +264,7 @@ def test_too_few_outs():
 
 def test_strides_of_part_of_an_element():
     record = np.zeros(4, np.dtype([("a", "f4"), ("b", "i1")]))["a"]
-    with pytest.raises(
-        ValueError, match="x must have strides that are whole elements, got 5 bytes"
-    ):
+    with pytest.raises(ValueError, match="x must have strides that are whole elements, got 5 bytes"):
         kernels.rms_norm(record, W)
 
 

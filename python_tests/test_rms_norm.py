@@ -63,9 +63,7 @@ def test_expanded_gradient(device):
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,), (2, 0, 8)])
 def test_empty(shape, device):
-    y, dx, dweight = run_with_gradients(
-        ops.rms_norm, inputs(*shape, dtype=torch.float32, device=device)
-    )
+    y, dx, dweight = run_with_gradients(ops.rms_norm, inputs(*shape, dtype=torch.float32, device=device))
     assert y.shape == dx.shape == shape
     assert torch.equal(dweight, torch.zeros(shape[-1], device=device))
 
@@ -110,9 +108,7 @@ def test_compile(dynamic, device):
 
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
     args = inputs(6, 24, dtype=torch.float32, device=device)
-    for got, wanted in zip(
-        run_with_gradients(compiled, args), run_with_gradients(block, args), strict=True
-    ):
+    for got, wanted in zip(run_with_gradients(compiled, args), run_with_gradients(block, args), strict=True):
         torch.testing.assert_close(got, wanted)
 
 

@@ -50,9 +50,7 @@ def test_angles_of_far_positions_are_exact(dtype, device):
     dim, theta = 8, 1e6
     q = normal(4, 2, dim, dtype=dtype, device=device)
     positions = torch.tensor([0, 1, 32767, 32768], device=device)
-    frequency = torch.tensor(
-        [theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64
-    )
+    frequency = torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
     angle = positions.double()[:, None, None] * frequency.to(device)
     z = torch.complex(*q.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     truth = torch.cat((z.real, z.imag), -1)
@@ -84,9 +82,7 @@ def test_positions_broadcast(shape, device):
 
 def test_inverse_undoes(device):
     q, k, positions = inputs(2, 9, dtype=torch.float64, device=device, grad=False)
-    for got, wanted in zip(
-        ops.rope(*ops.rope(q, k, positions), positions, inverse=True), (q, k), strict=True
-    ):
+    for got, wanted in zip(ops.rope(*ops.rope(q, k, positions), positions, inverse=True), (q, k), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
 
 
@@ -147,9 +143,7 @@ def test_compile(dynamic, device):
 
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
     args = inputs(2, 6, dtype=torch.float32, device=device)
-    for got, wanted in zip(
-        run_with_gradients(compiled, args), run_with_gradients(block, args), strict=True
-    ):
+    for got, wanted in zip(run_with_gradients(compiled, args), run_with_gradients(block, args), strict=True):
         torch.testing.assert_close(got, wanted)
 
 

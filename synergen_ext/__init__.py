@@ -14,9 +14,7 @@ __all__ = ["__version__", "build_info"]
 
 
 def _submodules() -> set[str]:
-    return {
-        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
-    }
+    return {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
 
 
 def build_info() -> dict[str, Any]:

@@ -23,14 +23,12 @@ def load() -> ModuleType:
         if error.name != "torch":
             raise
         raise ImportError(
-            "synergen_ext needs torch >= 2.13, and there is none here;"
-            " run `pip install 'torch>=2.13'`"
+            "synergen_ext needs torch >= 2.13, and there is none here; run `pip install 'torch>=2.13'`"
         ) from None
     found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if found < TORCH_FLOOR:
         raise ImportError(
-            f"synergen_ext needs torch >= 2.13, got {torch.__version__};"
-            " run `pip install -U 'torch>=2.13'`"
+            f"synergen_ext needs torch >= 2.13, got {torch.__version__}; run `pip install -U 'torch>=2.13'`"
         )
     try:
         return importlib.import_module("synergen_ext._C")
@@ -43,8 +41,7 @@ def load() -> ModuleType:
         ) from None
     except ImportError as error:
         raise ImportError(
-            f"synergen_ext._C does not load ({error}); rebuild it with"
-            " `pip install --force-reinstall --no-deps .`"
+            f"synergen_ext._C does not load ({error}); rebuild it with `pip install --force-reinstall --no-deps .`"
         ) from error
 
 

@@ -23,9 +23,7 @@ LAYOUTS = ("contiguous", "sliced", "stepped", "transposed")
 ODD_SIZES = (1, 2, 7, 13, 16, 31, 64, 77, 269)
 
 
-def normal(
-    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
-) -> Tensor:
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
     """Standard normal numbers, the same for a seed whatever the dtype (they are drawn in float64
     and rounded)."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,9 +52,7 @@ def worst_error(x: Tensor, truth: Tensor) -> float:
     return (x.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
 
 
-def assert_as_accurate(
-    ours: Any, rival: Any, truth: Any, name: str = "result", factor: float = 2.0
-) -> None:
+def assert_as_accurate(ours: Any, rival: Any, truth: Any, name: str = "result", factor: float = 2.0) -> None:
     """The rule for every op: |ours - truth| <= factor * |rival - truth|, in the largest difference.
 
     Args:
@@ -67,40 +63,30 @@ def assert_as_accurate(
         factor: 2 unless a test says why not.
     """
     for i, (a, b, t) in enumerate(zip(_flat(ours), _flat(rival), _flat(truth), strict=True)):
-        assert a.shape == t.shape, (
-            f"{name}[{i}]: shape must be {list(t.shape)}, got {list(a.shape)}"
-        )
+        assert a.shape == t.shape, f"{name}[{i}]: shape must be {list(t.shape)}, got {list(a.shape)}"
         assert a.dtype == b.dtype, f"{name}[{i}]: dtype must be {b.dtype}, got {a.dtype}"
         size = max(1.0, t.abs().max().item()) if t.numel() else 1.0
         error, allowed = worst_error(a, t), factor * worst_error(b, t) + FLOOR[a.dtype] * size
-        assert error <= allowed, (
-            f"{name}[{i}] ({a.dtype}): error must be <= {allowed:.3e}, got {error:.3e}"
-        )
+        assert error <= allowed, f"{name}[{i}] ({a.dtype}): error must be <= {allowed:.3e}, got {error:.3e}"
 
 
 def to_float64(args: Sequence[Any]) -> list[Any]:
     """The same arguments with every floating-point tensor in float64, keeping what needs a
     gradient."""
     return [
-        a.detach().double().requires_grad_(a.requires_grad)
-        if isinstance(a, Tensor) and a.is_floating_point()
-        else a
+        a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
         for a in args
     ]
 
 
-def run_with_gradients(
-    function: Callable[..., Any], args: Sequence[Any], seed: int = 1
-) -> list[Tensor]:
+def run_with_gradients(function: Callable[..., Any], args: Sequence[Any], seed: int = 1) -> list[Tensor]:
     """Outputs, then the gradient of every argument that needs one, under random output gradients of
     size one."""
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     outputs = _flat(function(*args))
     if not leaves:
         return outputs
-    upstream = [
-        normal(*y.shape, dtype=y.dtype, seed=seed + i).to(y.device) for i, y in enumerate(outputs)
-    ]
+    upstream = [normal(*y.shape, dtype=y.dtype, seed=seed + i).to(y.device) for i, y in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, leaves, upstream)
     return [y.detach() for y in outputs] + list(gradients)
 

@@ -55,8 +55,7 @@ def no_second_derivative(op: str) -> None:
 
     def refuse(ctx: Any, *grads: torch.Tensor) -> None:
         raise RuntimeError(
-            f"{op}: second derivatives are not implemented; compute them under"
-            " synergen_ext.ops.backend('reference')"
+            f"{op}: second derivatives are not implemented; compute them under synergen_ext.ops.backend('reference')"
         )
 
     torch.library.register_autograd(f"synergen::{op}_backward", refuse)

@@ -37,9 +37,7 @@ def rope(
 
 
 @torch.library.register_fake("synergen::rope")
-def _fake(
-    q: Tensor, k: Tensor, positions: Tensor, theta: float = 1e6, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, positions: Tensor, theta: float = 1e6, inverse: bool = False) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
