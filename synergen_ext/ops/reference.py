@@ -130,7 +130,8 @@ def expert_ffn_backward(
     needed = [need_x] + 3 * [need_experts] + [need_weight and expert_weight is not None]
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
-        y = expert_ffn(*leaves[:4], expert_index, None if expert_weight is None else leaves[4])
+        a, b, c, d, w = leaves
+        y = expert_ffn(a, b, c, d, expert_index, None if expert_weight is None else w)
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dy) if wanted else ())
     dx, dgate, dup, ddown, dweight = (
