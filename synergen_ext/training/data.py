@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,7 @@ class Batch:
     labels: Tensor  # int64 [B, T]
     image_ids: Tensor | None  # int64 [N, h, w]
     paint: Tensor | None  # bool [N]
-
-    @property
-    def tokens(self) -> int:
-        """Positions that hold a token (padding left out)."""
-        return int((self.labels != IGNORE).sum()) if self.image_ids is None else int(self.input_ids.numel())
+    tokens: int  # positions that hold a token, padding left out
 
 
 def train_text_tokenizer(seed: int, vocab_size: int, scenes: int = 4000) -> TextTokenizer:
@@ -89,7 +86,9 @@ class SceneCache:
             if len(ids) < self.count:  # a longer training: copy over, go on
                 longer = np.zeros(shape, np.uint16)
                 longer[: len(ids)] = ids
-                np.save(self.path, longer)
+                whole = self.path.with_suffix(".tmp.npy")
+                np.save(whole, longer)
+                os.replace(whole, self.path)
                 ids = np.load(self.path, mmap_mode="r+")
         else:
             ids = np.lib.format.open_memmap(self.path, mode="w+", dtype=np.uint16, shape=shape)
@@ -170,7 +169,8 @@ def collate(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint
     for row, e in enumerate(examples):
         input_ids[row, : len(e.ids)] = torch.tensor(e.ids)
         labels[row, : len(e.labels)] = torch.tensor(e.labels)
+    tokens = sum(len(e.ids) for e in examples)
     if image_ids is None:
-        return Batch(input_ids, labels, None, None)
+        return Batch(input_ids, labels, None, None, tokens)
     pictures = torch.from_numpy(np.ascontiguousarray(image_ids).astype(np.int64))
-    return Batch(input_ids, labels, pictures, torch.full((len(pictures),), paint))
+    return Batch(input_ids, labels, pictures, torch.full((len(pictures),), paint), tokens)

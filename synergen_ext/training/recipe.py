@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 
@@ -21,6 +23,11 @@ PARTS = ("vision", "attention", "language_model")
 SCHEDULES = ("constant", "cosine")
 
 
+def _require(fits: object, where: str, name: str, wanted: str, got: Any) -> None:
+    if not fits:
+        raise ValueError(f"recipe: {where}: {name} must be {wanted}, got {got!r}")
+
+
 @dataclass
 class DataRecipe:
     """Scenes: how many are tokenised (each is seen several times, with other words), and from which stream."""
@@ -28,6 +35,11 @@ class DataRecipe:
     scenes: int = 100_000
     seed: int = 1
     text_vocab: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("scenes", "text_vocab"):
+            _require(getattr(self, name) >= 1, "data", name, "at least 1", getattr(self, name))
+        _require(self.seed >= 0, "data", "seed", "at least 0", self.seed)
 
 
 @dataclass
@@ -51,21 +63,23 @@ class StageRecipe:
     copy_experts: bool = False  # begin by copying every text FFN to its vision expert
 
     def __post_init__(self) -> None:
-        unknown = [p for p in self.train if p not in PARTS]
-        if unknown or not self.train:
-            raise ValueError(f"stage {self.name}: train must list some of {', '.join(PARTS)}, got {self.train}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"stage {self.name}: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
-            )
-        if (
-            self.steps <= 0
-            or min(self.paint, self.describe, self.text) < 0
-            or self.paint + self.describe + self.text == 0
-        ):
-            raise ValueError(f"stage {self.name}: needs steps > 0 and a batch size > 0 for some task")
-        if not 0 <= self.unconditional <= 1 or not 0 <= self.ema < 1:
-            raise ValueError(f"stage {self.name}: unconditional must be in [0, 1] and ema in [0, 1)")
+        where = f"stage {self.name!r}"
+        # The name becomes part of file names.
+        _require(re.fullmatch(r"[\w-]{1,64}", self.name), where, "name", "letters, digits, - and _", self.name)
+        known = bool(self.train) and all(p in PARTS for p in self.train)
+        _require(known, where, "train", f"a list of some of {', '.join(PARTS)}", self.train)
+        known = self.schedule in SCHEDULES
+        _require(known, where, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        for name in ("steps", "questions"):
+            _require(getattr(self, name) >= 1, where, name, "at least 1", getattr(self, name))
+        for name in ("paint", "describe", "text", "warmup", "weight_decay"):
+            _require(0 <= getattr(self, name) < math.inf, where, name, "at least 0", getattr(self, name))
+        for name in ("learning_rate", "clip"):
+            _require(0 < getattr(self, name) < math.inf, where, name, "above 0", getattr(self, name))
+        sizes = (self.paint, self.describe, self.text)
+        _require(any(sizes), where, "paint, describe or text", "above 0: a stage needs a task", sizes)
+        _require(0 <= self.unconditional <= 1, where, "unconditional", "in [0, 1]", self.unconditional)
+        _require(0 <= self.ema < 1, where, "ema", "in [0, 1)", self.ema)
 
 
 @dataclass
@@ -79,6 +93,11 @@ class Recipe:
     bfloat16: bool = True  # autocast; weights and optimizer stay float32
     save_every: int = 250  # steps between resumable checkpoints
     sample_every: int = 500  # steps between sample pictures; 0: none
+
+    def __post_init__(self) -> None:
+        _require(self.save_every >= 1, "recipe", "save_every", "at least 1", self.save_every)
+        for name in ("seed", "sample_every"):
+            _require(getattr(self, name) >= 0, "recipe", name, "at least 0", getattr(self, name))
 
     def config(self, vocab_size: int, codebook_size: int) -> SynerGenConfig:
         """The model's config, with the sizes that the trained tokenizers decide."""
@@ -110,6 +129,8 @@ def _fill(cls: type, data: Any, where: str) -> Any:
                 value = float(value)
         if kind in (int, float, str, bool) and type(value) is not kind:
             raise ValueError(f"recipe: {where}.{name} must be {kind.__name__}, got {value!r}")
+        if get_origin(kind) in (list, dict) and not isinstance(value, get_origin(kind)):
+            raise ValueError(f"recipe: {where}.{name} must be a {get_origin(kind).__name__}, got {value!r}")
         values[name] = value
     return cls(**values)
 

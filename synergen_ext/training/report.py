@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         self.log = open(self.out / "log.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
+        self.log.write("\n" if self.log.tell() else "")  # after half a line, begin a new one
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -117,7 +119,10 @@ class Reporter:
 
     def write_curve(self, folder: Path) -> None:
         """``curve.json`` (means over 1/200 of the run) and ``curve.png`` from the log."""
-        rows = [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+        rows = []
+        for line in (self.out / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
+                rows.append(json.loads(line))
         latest = {(r["stage"], r["step"]): r for r in rows}  # a resumed step counts once
         stages = list(dict.fromkeys(r["stage"] for r in rows))
         curve: dict[str, Any] = {}

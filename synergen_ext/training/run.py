@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import Emu3VQVAEConfig
 
 from ..model import SynerGenConfig, SynerGenVL
 from ..processing.image_tokenizer import WEIGHTS_FILE as TOKENIZER_WEIGHTS
 from ..processing.image_tokenizer import ImageTokenizer
 from ..processing.sequences import SequenceBuilder
 from ..processing.text import TOKENIZER_FILE, TextTokenizer
+from ..scenes import CANVAS
 from .checkpoints import load_state, save_state
 from .data import SceneBatches, SceneCache, train_text_tokenizer
 from .loop import run_stage
@@ -41,8 +43,9 @@ def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: 
         FileNotFoundError, ValueError: the recipe is missing or wrong, or ``out`` holds another run.
     """
     recipe, out = load_recipe(path), Path(out)
+    described = plan(recipe)  # builds the model on no memory, so wrong sizes fail here and not after an hour
     if dry_run:
-        print(plan(recipe))
+        print(described)
         return out / "checkpoint"
     text = Path(path).read_text()
     kept = out / "recipe.yaml"
@@ -58,10 +61,23 @@ def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: 
 
 
 def plan(recipe: Recipe) -> str:
-    """What a recipe would do, in words: sizes, stages, samples."""
+    """What a recipe would do, in words: sizes, stages, samples.
+
+    Raises:
+        ValueError: sizes that cannot be built or do not fit together.
+    """
     config = recipe.config(recipe.data.text_vocab, _codebook_size(recipe))
     with torch.device("meta"):
-        model = SynerGenVL(config)
+        try:
+            model, tokenizer = SynerGenVL(config), ImageTokenizer(Emu3VQVAEConfig(**recipe.tokenizer.model))
+        except Exception as e:  # transformers checks types with exceptions of its own
+            raise ValueError(f"recipe: these sizes cannot be built: {' '.join(str(e).split())}") from e
+    side = CANVAS // tokenizer.stride
+    if config.image_grid != (side, side):
+        raise ValueError(
+            f"recipe: model.image_grid must be [{side}, {side}] ({CANVAS} pixels, {tokenizer.stride} a token), "
+            f"got {list(config.image_grid)}"
+        )
     lines = [
         f"{recipe.name}: {model.num_parameters():,} parameters, {model.num_parameters(active=True):,} active a token",
         f"pictures {config.image_grid[0]} x {config.image_grid[1]} tokens, fold {config.fold[0]} x {config.fold[1]}, "

@@ -55,6 +55,23 @@ class TokenizerRecipe:
     merge_within: float = 0.15  # distance, in standard deviations of the latents, at which codes are near-equal
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "batch": (1, 64), "full_batch": (1, 64),  # a step's scenes are 64 of the stream
+            "crop": (SPRITE, CANVAS), "steps": (0, math.inf), "settle_steps": (0, math.inf),
+            "full_steps": (0, math.inf), "autoencoder_steps": (0, self.steps), "warmup": (1, math.inf),
+            "merge_every": (1, math.inf),
+            "restart_after": (0, math.inf), "seed": (0, math.inf), "ema": (0, 1), "learning_rate": (0, 1),
+            "settle_learning_rate": (0, 1), "commitment": (0, 1e6), "edge_weight": (0, 1e6), "consistency": (0, 1e6),
+            "rate": (0, 1e6), "merge_within": (0, 1e6),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"recipe: tokenizer: {name} must be in [{low:g}, {high:g}], got {value!r}")
+        if self.crop % 8:
+            raise ValueError(f"recipe: tokenizer: crop must be a multiple of 8 pixels, got {self.crop}")
+
 
 class EmaCodebook:
     """Moving averages of the latents that chose each code (van den Oord et al. 2017, appendix A.1)."""
