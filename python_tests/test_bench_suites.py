@@ -12,7 +12,8 @@ from synergen_ext.bench import Row, parse_bar
 SUITE = '''"""Two figures."""
 from synergen_ext.bench import Row
 
-def rows(quick):
+def rows(quick, progress):
+    progress("warming", 1, 2)
     yield Row("speed", 0.5, "s", "<= 1", (0.4, 0.6), note="3 runs")
     yield Row("share", 0.25 if quick else 0.75, "", ">= 0.5", (0.2, 0.8), "95 %")
     yield Row("size", 12.0, "MB")
@@ -57,7 +58,7 @@ def test_a_suite_prints_its_table_and_writes_its_json(
     path = tmp_path / "out.json"
     assert bench.run("two", path) == 0
     printed = capsys.readouterr().out
-    for text in ("suite two", "speed", "0.4 .. 0.6", "0.2 .. 0.8 (95 %)", "<= 1", "met", "MB"):
+    for text in ("suite two", "speed", "0.4 - 0.6", "[0.2, 0.8]", "<= 1", "met", "MB"):
         assert text in printed
     assert "missed" not in printed
     report = json.loads(path.read_text())

@@ -1,7 +1,8 @@
 """``synergen bench``: runs one suite of ``benchmarks/`` and holds its figures against their bars.
 
 A suite is a file ``benchmarks/suite_NAME.py`` of the checkout with a docstring and a function
-``rows(quick: bool) -> Iterable[Row]``, which measures as it is iterated.
+``rows(quick: bool, progress: Progress) -> Iterable[Row]``, which measures as it is iterated and calls
+``progress(what, done, total)`` in between.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -22,6 +23,9 @@ from types import ModuleType
 from typing import Any
 
 from ._version import __version__
+
+#: Called with what is being measured, steps done and steps in all.
+Progress = Callable[[str, int, int], None]
 
 #: Distributions whose versions a figure may depend on.
 _PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "pillow", "resvg-py")
@@ -36,8 +40,8 @@ class Row:
         value: the figure; its median where it was measured several times.
         unit: "s", "MB", "dB", ...; "" for a share.
         bar: "<= 15" or ">= 0.95", or None for a figure without one.
-        spread: least and largest value seen, or the ends of a 95 % interval.
-        spread_kind: which of the two: "min-max" or "95 %".
+        spread: two ends around the value.
+        spread_kind: which: "min-max" (least and largest seen), "95 %" (an interval), or in other words.
         note: what the figure was measured on.
     """
 
@@ -125,7 +129,7 @@ def run(suite: str, json_path: str | Path | None = None, check: bool = False, qu
     module = load_suite(suite)
     console = Console()
     began = datetime.now(timezone.utc)
-    rows = list(_measured(module.rows(quick), console))
+    rows = _measure(module, quick, console)
     _print(suite, quick, rows, console)
     if json_path is not None:
         report = {
@@ -141,29 +145,52 @@ def run(suite: str, json_path: str | Path | None = None, check: bool = False, qu
     return 1 if check and missed else 0
 
 
-def _measured(rows: Iterable[Row], console: Any) -> Iterable[Row]:
-    """Each row as it arrives, so that a long suite shows that it lives."""
-    for row in rows:
-        console.print(f"{row.name}: {_number(row.value)} {row.unit}".rstrip(), highlight=False)
-        yield row
+def _measure(module: ModuleType, quick: bool, console: Any) -> list[Row]:
+    """All rows, each shown as it arrives, with a bar for what is under way: a full suite takes many minutes."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Bars(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(module.__name__.removeprefix("synergen_suite_"), total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what != bars.tasks[0].description:
+                bars.reset(task, description=what)
+            bars.update(task, completed=done, total=total)
+
+        rows = []
+        for row in module.rows(quick, progress):
+            console.print(f"{row.name}: {_number(row.value)} {row.unit}".rstrip(), highlight=False)
+            rows.append(row)
+    return rows
 
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _spread(row: Row) -> str:
+    """``0.4 - 0.6`` for least and largest value, ``[0.4, 0.6]`` for an interval."""
+    if row.spread is None:
+        return ""
+    low, high = (f"{v:.3g}" for v in row.spread)
+    return f"{low} - {high}" if row.spread_kind == "min-max" else f"[{low}, {high}]"
+
+
 def _print(suite: str, quick: bool, rows: list[Row], console: Any) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"suite {suite}{' (quick)' if quick else ''}")
+    kinds = dict.fromkeys(r.spread_kind for r in rows if r.spread and r.spread_kind != "min-max")
+    caption = f"spread: least - largest, or {escape('[')}{', '.join(kinds)}]" if kinds else "spread: least - largest"
+    table = Table(title=f"suite {suite}{' (quick)' if quick else ''}", caption=caption)
     for column in ("figure", "value", "unit", "spread", "bar", ""):
-        table.add_column(column, justify="right" if column in ("value", "spread") else "left")
+        right = column in ("value", "spread")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "figure")
     for r in rows:
-        spread = "" if r.spread is None else f"{_number(r.spread[0])} .. {_number(r.spread[1])}"
-        if spread and r.spread_kind != "min-max":
-            spread += f" ({r.spread_kind})"
         mark = {None: "", True: "[green]met[/green]", False: "[red]missed[/red]"}[r.passed]
-        table.add_row(r.name, _number(r.value), r.unit, spread, r.bar or "", mark)
+        table.add_row(escape(r.name), _number(r.value), r.unit, escape(_spread(r)), r.bar or "", mark)
     console.print(table)
 
 
