@@ -366,7 +366,7 @@ stages:
         (("paint: 1", "paint: 1, painting: 2"), "recipe: stages[0] has no field 'painting'"),
         (("name: mine", "nom: mine"), "recipe: recipe has no field 'nom'"),
         (("steps: 1", "steps: many"), "recipe: stages[0].steps must be int, got 'many'"),
-        (("train: [vision]", "train: [sight]"), "train must list some of vision, attention, language_model"),
+        (("train: [vision]", "train: [sight]"), "train must be a list of some of vision, attention, language_model"),
         (("stages:", "stages: ]"), "is not YAML"),
     ],
 )
