@@ -27,6 +27,8 @@ class _Decoder:
     def __init__(
         self, model: SynerGenVL, prompts: Sequence[Sequence[int]], image_ids: Tensor | None, new_tokens: int
     ) -> None:
+        if not all(map(len, prompts)):
+            raise ValueError("generate: prompts must hold at least one id each, got an empty one")
         self.model = model
         self.device = model.tok_embeddings.weight.device
         longest = max(map(len, prompts))
@@ -90,6 +92,11 @@ def sample(
     return ids
 
 
+def _one_each(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+    if len(seeds) != len(prompts):
+        raise ValueError(f"generate: seeds must be {len(prompts)}, one a prompt, got {len(seeds)}")
+
+
 @torch.no_grad()
 def generate_text(
     model: SynerGenVL, prompts: Sequence[Sequence[int]], image_ids: Tensor | None, max_new_tokens: int,
@@ -104,8 +111,12 @@ def generate_text(
         seeds: one a prompt, for sampling.
     """
     sampling = sampling or Sampling(temperature=0.0)
+    seeds = [0] * len(prompts) if seeds is None else list(seeds)
+    _one_each(prompts, seeds)
+    if not prompts:
+        return []
     decoder = _Decoder(model, prompts, image_ids, max_new_tokens)
-    seed = torch.tensor(list(seeds or [0] * len(prompts)), device=decoder.device)
+    seed = torch.tensor(seeds, device=decoder.device)
     out: list[list[int]] = [[] for _ in prompts]
     open_rows = [max_new_tokens > 0] * len(prompts)
     for step in range(max_new_tokens):
@@ -143,9 +154,13 @@ def generate_image_ids(
     c = model.config
     s = c.guidance if guidance is None else guidance
     h, w = size or c.image_grid
+    _one_each(prompts, seeds)
+    patches = c.folded_length(h, w)
+    if not prompts:
+        return torch.empty(0, h, w, dtype=torch.long, device=model.tok_embeddings.weight.device)
     guided = s != 1.0
     rows = [*prompts, *([unconditional] * len(prompts) if guided else [])]
-    decoders = [_Decoder(model, rows, None, c.folded_length(h, w))]
+    decoders = [_Decoder(model, rows, None, patches)]
     return _paint(model, decoders, seeds, s, sampling, (h, w), on_patch)
 
 
