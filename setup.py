@@ -5,6 +5,7 @@ Read from the environment: SYNERGEN_CUDA=auto|on|off, SYNERGEN_CUDA_ARCHS="80;90
 CUDACXX. To rebuild in place after changing csrc/:  python setup.py build_ext --inplace
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -71,6 +72,18 @@ def count_jobs() -> int:
     return max(1, min(cores, int(0.5 * free / GIB_PER_JOB)))
 
 
+def prefer_own_tools() -> None:
+    """Put the environment's own cmake and ninja before the machine's, which may be too old.
+
+    pip does not activate the environment that it builds in.
+    """
+    for package, attribute in (("ninja", "BIN_DIR"), ("cmake", "CMAKE_BIN_DIR")):
+        if importlib.util.find_spec(package):
+            # Without the package, the folder cmake/ of this checkout is found; it has no such attribute.
+            folder = getattr(importlib.import_module(package), attribute, None)
+            os.environ["PATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PATH"))))
+
+
 def run(command: list[str]) -> None:
     """Run a build step; its output goes through, and our own line in it becomes the error."""
     try:
@@ -99,6 +112,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch_dir, torch_version = find_torch()
         check_compiler()
+        prefer_own_tools()
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

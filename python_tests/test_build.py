@@ -61,6 +61,17 @@ def test_build_without_a_compiler(setup_py, monkeypatch, tmp_path):
     assert "icpx is not on PATH" in refusal(setup_py.check_compiler)
 
 
+def test_build_takes_the_environments_own_cmake(setup_py, monkeypatch, tmp_path):
+    for name in ("cmake", "ninja"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")  # a machine's, too old
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    setup_py.prefer_own_tools()
+    for name in ("cmake", "ninja"):
+        assert Path(shutil.which(name)).parent != tmp_path
+        subprocess.run([name, "--version"], check=True, capture_output=True)
+
+
 def test_build_without_cmake(setup_py):
     assert "needs no-such-cmake to build" in refusal(lambda: setup_py.run(["no-such-cmake"]))
 
