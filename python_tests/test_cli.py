@@ -419,7 +419,7 @@ def test_figure_rows_take_the_intervals_with_them():
 SUITE = """
 from synergen_ext.bench import Row
 
-def rows(quick):
+def rows(quick, progress):
     yield Row("speed", 3.0 if quick else 30.0, "s", "<= 15")
 """
 
