@@ -27,7 +27,7 @@ def rows(quick: bool, progress: Progress) -> Iterator[Row]:
         yield Row(group, ours["median"] * 1e6, "us", None, spread, note=f"median of {ours['rounds']}")
         # Quartiles of both sides bound the ratio: single outliers of a shared machine say nothing.
         spread = (rival["q1"] / ours["q3"], rival["q3"] / ours["q1"])
-        yield Row(f"{group}: torch's time by ours", rival["median"] / ours["median"], "x", None, spread, "quartiles")
+        yield Row(f"{group}, torch / ours", rival["median"] / ours["median"], "x", None, spread, "quartiles")
 
 
 def _measured(only: str) -> list[dict[str, Any]]:

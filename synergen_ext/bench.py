@@ -167,14 +167,14 @@ def _measure(module: ModuleType, quick: bool, console: Any) -> list[Row]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def _spread(row: Row) -> str:
     """``0.4 - 0.6`` for least and largest value, ``[0.4, 0.6]`` for an interval."""
     if row.spread is None:
         return ""
-    low, high = (f"{v:.3g}" for v in row.spread)
+    low, high = map(_number, row.spread)
     return f"{low} - {high}" if row.spread_kind == "min-max" else f"[{low}, {high}]"
 
 
@@ -183,14 +183,18 @@ def _print(suite: str, quick: bool, rows: list[Row], console: Any) -> None:
     from rich.table import Table
 
     kinds = dict.fromkeys(r.spread_kind for r in rows if r.spread and r.spread_kind != "min-max")
-    caption = f"spread: least - largest, or {escape('[')}{', '.join(kinds)}]" if kinds else "spread: least - largest"
-    table = Table(title=f"suite {suite}{' (quick)' if quick else ''}", caption=caption)
-    for column in ("figure", "value", "unit", "spread", "bar", ""):
+    caption = "spread: least - largest" + (f", or [{', '.join(kinds)}]" if kinds else "")
+    table = Table(title=f"suite {suite}{' (quick)' if quick else ''}", caption=escape(caption))
+    columns = ["figure", "value", "unit", "spread"]
+    if any(r.bar for r in rows):
+        columns += ["bar", ""]
+    for column in columns:
         right = column in ("value", "spread")
         table.add_column(column, justify="right" if right else "left", no_wrap=column != "figure")
     for r in rows:
         mark = {None: "", True: "[green]met[/green]", False: "[red]missed[/red]"}[r.passed]
-        table.add_row(escape(r.name), _number(r.value), r.unit, escape(_spread(r)), r.bar or "", mark)
+        cells = [escape(r.name), _number(r.value), r.unit, escape(_spread(r)), r.bar or "", mark]
+        table.add_row(*cells[: len(columns)])
     console.print(table)
 
 
