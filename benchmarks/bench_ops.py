@@ -1,7 +1,7 @@
 """Every op against what a PyTorch program would call instead, at the sizes of the demo and of the
 paper. A case is checked against the reference before it is timed; a wrong one gives no time.
 
-    pytest benchmarks/bench_ops.py                     # all, some four minutes on two cores
+    pytest benchmarks/bench_ops.py                     # all of them, a few minutes
     pytest benchmarks/bench_ops.py -k "expert_ffn and paper"
 """
 

@@ -92,7 +92,7 @@ def test_accurate_top_k(experts, top_k, dtype, device):
     check(*inputs(23, 24, 33, experts, top_k, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_accurate_with_float32_experts(dtype, device):
     args = inputs(33, 40, 24, 3, 2, dtype=dtype, expert_dtype=torch.float32, device=device)
     check(*args)

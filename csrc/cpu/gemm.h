@@ -237,7 +237,9 @@ inline void store_row(DType dtype, void* base, int64_t offset, const A* row, A s
     if (i < n) store_part(load_part<V>(row + i, n - i) * V(scale), out + i, n - i);
   };
   if constexpr (std::is_same_v<A, double>) {
-    store(static_cast<double*>(base));
+    if (dtype == DType::kFloat64) return store(static_cast<double*>(base));
+    float* out = static_cast<float*>(base) + offset;  // weights may be float32 beside float64
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(row[i] * scale);
   } else if (dtype == DType::kFloat32) {
     store(static_cast<float*>(base));
   } else if (dtype == DType::kBFloat16) {
