@@ -208,7 +208,8 @@ class FakeCuda:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 def test_cuda_array_without_a_gpu():
-    wanted = "CUDA says: .*; use CPU arrays" if _C.build_info()["cuda"] else "no CUDA kernel"
+    # Without CUDA kernels the weight's device is refused before the kernel is looked for.
+    wanted = "CUDA says: .*; use CPU arrays" if _C.build_info()["cuda"] else "(no CUDA kernel|must be on)"
     with pytest.raises((RuntimeError, ValueError), match=f"rms_norm: .*{wanted}") as caught:
         kernels.rms_norm(FakeCuda(), np.ones(4, np.float32))
     assert "\n" not in str(caught.value)
