@@ -34,5 +34,5 @@ tests=()
 for source in "$root"/csrc/ops/*.cpp; do
   tests+=("tests/test_$(basename "$source" .cpp).py")
 done
-venv/bin/python -P -m pytest -q -p no:cacheprovider "${tests[@]}" tests/test_kernels_dlpack.py
+OMP_NUM_THREADS=1 venv/bin/python -P -m pytest -q -p no:cacheprovider "${tests[@]}" tests/test_kernels_dlpack.py
 echo "abi-check: passed: built with torch $built, ops tested with torch $later"
