@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..model import SynerGenVL
 from ..processing.image_tokenizer import ImageTokenizer, to_pixels, to_uint8
+from ..processing.pictures import upright_rgb
 from ..processing.sequences import SequenceBuilder
 from ..processing.text import TextTokenizer
 from .oracle import Sampling, generate_image_ids, generate_text
@@ -78,7 +80,8 @@ class Pipeline:
 
         Args:
             prompts: descriptions, without the instruction around them.
-            seeds: one for all, or one a prompt. Same prompt, seed and settings: same picture, whatever the batch.
+            seeds: one for all, or one a prompt. Same prompt, seed and settings: same image tokens, whatever the batch
+                (float32 sums of another batch may round a pixel by 1/255).
             guidance: scale s of ``l_u + s (l_c - l_u)``; 1 is off; default: the checkpoint's own.
             temperature, top_k, top_p: sampling of image tokens; default: the checkpoint's own.
             batch: pictures painted together.
@@ -88,19 +91,18 @@ class Pipeline:
             ValueError: an empty or over-long prompt, or a setting out of range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"paint: seeds must be one or {len(prompts)}, got {len(seeds)}")
-        for seed in seeds:
-            if not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"paint: seed must be in [0, 2^63 - 1], got {seed}")
-        if batch < 1:
-            raise ValueError(f"paint: batch must be at least 1, got {batch}")
+        given = list(seeds) if isinstance(seeds, Iterable) else [seeds] * len(prompts)
+        if len(given) != len(prompts):
+            raise ValueError(f"paint: seeds must be one or {len(prompts)}, got {len(given)}")
+        seeds = [_whole("seed", seed, 0, MAX_SEED, "in [0, 2^63 - 1]") for seed in given]
+        batch = _whole("batch", batch, 1, MAX_SEED, "at least 1")
         c = self.config
         s = _number("guidance", c.guidance if guidance is None else guidance, 0, 50)
         sampling = Sampling(
             _number("temperature", c.image_temperature if temperature is None else temperature, 0, 10),
-            int(_number("top_k", c.image_top_k if top_k is None else top_k, 0, c.codebook_size)),
+            _whole(
+                "top_k", c.image_top_k if top_k is None else top_k, 0, c.codebook_size, f"in [0, {c.codebook_size}]"
+            ),
             _number("top_p", c.image_top_p if top_p is None else top_p, 1e-6, 1),
         )
         rows = [self.builder.paint_prompt(self._checked(p, "prompt")) for p in prompts]
@@ -136,8 +138,10 @@ class Pipeline:
             ValueError: an empty or over-long question, or counts that do not match.
         """
         single = isinstance(pictures, Image.Image)
-        images: list[Image.Image] = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-        asked = [questions] * len(images) if isinstance(questions, str) else list(questions)
+        max_new_tokens = _whole("max_new_tokens", max_new_tokens, 1, self.config.max_positions, "at least 1")
+        batch = _whole("batch", batch, 1, MAX_SEED, "at least 1")
+        images = [pictures] if isinstance(pictures, (Image.Image, str, Path)) else list(pictures)
+        asked = list(questions) if isinstance(questions, (list, tuple)) else [questions] * len(images)
         if single and not isinstance(questions, str):
             images = images * len(asked)
         if len(asked) != len(images):
@@ -159,30 +163,53 @@ class Pipeline:
 
     def image_ids(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """Image token ids ``[N, h, w]`` of pictures, each fitted into the model's size on white."""
-        return self.image_tokenizer.encode(to_pixels(np.stack([np.asarray(self._fit(p)) for p in pictures])))
+        return self.image_tokenizer.encode(to_pixels(np.stack([np.asarray(self.fit(p)) for p in pictures])))
 
-    def _fit(self, picture: Image.Image) -> Image.Image:
+    def fit(self, picture: Image.Image) -> Image.Image:
+        """A picture of any size and mode as the model sees it: RGB, fitted into ``picture_size`` on white.
+
+        Raises:
+            ValueError: not a PIL image, or one without pixels.
+        """
+        if not isinstance(picture, Image.Image):
+            raise ValueError(f"ask: pictures must be PIL images, got {picture!r:.60}")
         if min(picture.size) < 1:
             raise ValueError(f"ask: a picture must have pixels, got {picture.size[0]} x {picture.size[1]}")
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            ground = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-        picture = picture.convert("RGB")
-        if picture.size == self.picture_size:
+        picture, (width, height) = upright_rgb(picture), self.picture_size
+        if picture.size == (width, height):
             return picture
-        return ImageOps.pad(picture, self.picture_size, Image.Resampling.BICUBIC, color="white")
+        scale = min(width / picture.width, height / picture.height)
+        inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        page = Image.new("RGB", (width, height), "white")
+        corner = (width - inner[0]) // 2, (height - inner[1]) // 2
+        page.paste(picture.resize(inner, Image.Resampling.BICUBIC), corner)
+        return page
 
-    def _checked(self, text: str, what: str) -> str:
-        if not isinstance(text, str) or not text.strip():
+    def _checked(self, text: Any, what: str) -> str:
+        """One prompt, question or answer with its white space folded."""
+        if not isinstance(text, str):
+            raise ValueError(f"{what} must be text, got {text!r}")
+        text = " ".join(text.split())
+        if not text:
             raise ValueError(f"{what} must not be empty")
-        # Every token is at least one byte, so most over-long texts are refused before they are tokenised.
+        # A token of English is about four letters, so most over-long texts are refused before they are tokenised.
         length = len(text) if len(text) > 16 * MAX_PROMPT_TOKENS else len(self.text.encode(text))
         if length > MAX_PROMPT_TOKENS:
             raise ValueError(f"{what} must be at most {MAX_PROMPT_TOKENS} tokens, got {length}")
-        return " ".join(text.split())
+        return text
 
 
 def _number(name: str, value: float, low: float, high: float) -> float:
-    if not math.isfinite(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not low <= value <= high:  # so NaN is refused too
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
     return float(value)
+
+
+def _whole(name: str, value: int, low: int, high: int, shown: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be {shown}, got {value}")
+    return int(value)

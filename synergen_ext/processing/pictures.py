@@ -35,7 +35,7 @@ def load_picture(path: str | Path) -> Image.Image:
                 _check_size(path, *probe.size)
                 probe.verify()
             with Image.open(path, formats=FORMATS) as picture:
-                return _upright_rgb(picture)
+                return upright_rgb(picture)
     except PictureTooLarge:
         raise
     except Image.DecompressionBombError:
@@ -57,7 +57,8 @@ def _check_size(path: Path, width: int, height: int) -> None:
         raise PictureTooLarge(f"picture {path} must have at most {MAX_PIXELS} pixels, got {width} x {height}")
 
 
-def _upright_rgb(picture: Image.Image) -> Image.Image:
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in any of Pillow's modes as RGB, EXIF orientation applied, transparency laid on white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):
         return picture.point(lambda v: v * (1 / 256)).convert("L").convert("RGB")
