@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -491,7 +492,9 @@ def test_interrupt_is_quiet(capsys, monkeypatch):
 
 
 def test_interrupted_process(tiny, picture):
-    process = child("chat", picture, "--checkpoint", tiny)
+    # A test run in the background may have been told to ignore interrupts, and children inherit that.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = child("chat", picture, "--checkpoint", tiny, preexec_fn=listen)
     process.stdin.write("what?\n")
     process.stdin.flush()
     process.stdout.readline()  # the first answer is there: it waits for the next question
