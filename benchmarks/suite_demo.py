@@ -5,11 +5,10 @@ each, so its intervals are about six times as wide.
 """
 
 from collections.abc import Callable, Iterator
-from statistics import median
-from time import perf_counter
+from functools import partial
 from typing import Any
 
-from synergen_ext.bench import Progress, Row
+from synergen_ext.bench import Progress, Row, timed
 from synergen_ext.evaluation import exam
 from synergen_ext.evaluation.geneval import wilson
 from synergen_ext.evaluation.validation import validate
@@ -52,13 +51,10 @@ def _size() -> Row:
 
 
 def _painting_time(pipeline: Pipeline, repeats: int = 3) -> Row:
-    seconds = []
-    for _ in range(repeats):  # the first, cold call counts too: it is what a person waits for
-        start = perf_counter()
-        pipeline.paint(PROMPTS, seeds=list(range(len(PROMPTS))))
-        seconds.append(perf_counter() - start)
-    spread = (min(seconds), max(seconds))
-    return Row("paint 8 pictures", median(seconds), "s", "<= 15", spread, note=f"{repeats} runs")
+    # The first, cold call counts too: it is what a person waits for.
+    paint = partial(pipeline.paint, PROMPTS, seeds=list(range(len(PROMPTS))))
+    seconds, spread = timed(paint, repeats, warmup=0)
+    return Row("paint 8 pictures", seconds, "s", "<= 15", spread, note=f"{repeats} runs")
 
 
 def _scorer(n: int, on_progress: Callable[[int, int], None]) -> Iterator[Row]:

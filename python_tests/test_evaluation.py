@@ -11,18 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from synergen_ext.evaluation import exam
+from synergen_ext.evaluation import answers, exam
+from synergen_ext.evaluation.folders import read_folder, score_folder, write_folder
 from synergen_ext.evaluation.geneval import (
     SCENE_RULES,
     Rules,
     judge,
-    read_folder,
     relations,
     score,
-    score_folder,
     summarise,
     wilson,
-    write_folder,
 )
 from synergen_ext.evaluation.scorer import read_picture
 from synergen_ext.scenes import (
@@ -380,7 +378,7 @@ def answer(picture: Image.Image, question: str) -> str:
     names = list(dict.fromkeys(d.name for d in found))
     counts = {n: sum(d.name == n for d in found) for n in names}
     colors = {d.name: d.color for d in found}
-    asked = exam.named(question)
+    asked = answers.named(question)
     number = ["zero", "one", "two", "three", "four"]
     if question.startswith("How many"):
         return number[counts.get(next(iter(asked)), 0)] + "."
@@ -502,15 +500,15 @@ def test_constant_answers_score_what_they_deserve(reply: str, expected: dict) ->
 
 
 def test_sentences_are_compared_by_what_they_say() -> None:
-    assert exam.said("Two red cats, and a dog.") == exam.said("a dog and two red cats")
-    assert exam.said("a cat left of a dog") == exam.said("a dog right of a cat")
-    assert exam.said("a cat above a dog") != exam.said("a dog above a cat")
-    assert exam.said("a red cat and a blue dog") != exam.said("a blue cat and a red dog")
-    assert exam.said("two cats") != exam.said("a cat")
-    assert exam.named("There are butterflies; also fish, I think!") == {"butterfly", "fish"}
+    assert answers.said("Two red cats, and a dog.") == answers.said("a dog and two red cats")
+    assert answers.said("a cat left of a dog") == answers.said("a dog right of a cat")
+    assert answers.said("a cat above a dog") != answers.said("a dog above a cat")
+    assert answers.said("a red cat and a blue dog") != answers.said("a blue cat and a red dog")
+    assert answers.said("two cats") != answers.said("a cat")
+    assert answers.named("There are butterflies; also fish, I think!") == {"butterfly", "fish"}
     for i in range(0, 600, 11):
         scene = exam_scene(i)
-        groups, relation = exam.said(caption(scene))
+        groups, relation = answers.said(caption(scene))
         assert groups == {(g.name, g.count, g.color) for g in seen_groups(scene)}
         assert (relation is None) == (not any(f" {r} " in caption(scene) for r in RELATIONS))
 

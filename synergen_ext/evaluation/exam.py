@@ -7,38 +7,18 @@ them. Anything chosen by measurement, such as the guidance scale, is chosen on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..scenes import (
-    CAPTION_INSTRUCTION,
-    COLORS,
-    OBJECTS,
-    RELATIONS,
-    SPRITE,
-    TAGS,
-    Request,
-    Scene,
-    caption,
-)
+from ..scenes import SPRITE, TAGS, Request, Scene
 from ..scenes import exam_requests as _exam_requests
-from ..scenes.compose import exam_scene, opposite, training_scene
-from ..scenes.language import (
-    NAME_QUESTION,
-    NUMBERS,
-    color_question,
-    count_question,
-    naming_answer,
-    plural,
-    position_answer,
-    position_question,
-    seen_groups,
-    seen_relation,
-)
-from .geneval import SCENE_RULES, score, wilson, write_folder
+from ..scenes.compose import exam_scene, training_scene
+from .answers import exam_questions
+from .folders import write_folder
+from .geneval import SCENE_RULES, score, wilson
 from .scorer import read_pictures
 from .validation import read_exactly
 
@@ -218,7 +198,7 @@ def understanding_exam(
     checks: list[tuple[tuple[str, Callable[[str], bool]], ...]] = []
     for scene in exam_scenes(per_tag):
         picture = _picture(scene)
-        for question, marks in _questions(scene):
+        for question, marks in exam_questions(scene):
             pictures.append(picture)
             questions.append(question)
             checks.append(marks)
@@ -251,85 +231,6 @@ def _picture(scene: Scene) -> Image.Image:
     from PIL import Image
 
     return Image.fromarray(scene.image())
-
-
-def _questions(
-    scene: Scene,
-) -> Iterable[tuple[str, tuple[tuple[str, Callable[[str], bool]], ...]]]:
-    """Questions about one scene and what makes their answers right, by figure."""
-
-    def exactly(wanted: str) -> Callable[[str], bool]:
-        return lambda answer: plain(answer) == plain(wanted)
-
-    groups = seen_groups(scene)
-    shown = {g.name: g.count for g in groups}
-    yield (
-        NAME_QUESTION,
-        (
-            ("naming", lambda answer: named(answer) == set(shown)),
-            ("naming_counts", lambda answer: said(answer)[0] == said(naming_answer(scene))[0]),
-        ),
-    )
-    yield (
-        CAPTION_INSTRUCTION,
-        (
-            ("caption", lambda answer: set(shown) <= named(answer)),
-            ("caption_exact", lambda answer: said(answer) == said(caption(scene))),
-        ),
-    )
-    for g in groups:
-        yield color_question(g.name, g.count), (("color", exactly(str(g.color))),)
-        yield count_question(g.name), (("counting", exactly(NUMBERS[g.count])),)
-    # The absent object follows from the scene alone: the first name after the first shown one.
-    order = OBJECTS[OBJECTS.index(groups[0].name) :] + OBJECTS
-    absent = next(name for name in order if name not in shown)
-    yield count_question(absent), (("counting", exactly(NUMBERS[0])),)
-    relation = seen_relation(scene)
-    if relation:
-        a, b = groups[:2]
-        yield position_question(a, b), (("position", exactly(position_answer(relation, b))),)
-        back = position_answer(opposite(relation), a)
-        yield position_question(b, a), (("position", exactly(back)),)
-
-
-def plain(text: str) -> str:
-    """Lower case, single spaces, no punctuation: what two answers are compared by."""
-    kept = "".join(c if c.isalnum() else " " for c in text.lower())
-    return " ".join(kept.split())
-
-
-def named(text: str) -> set[str]:
-    """The objects that a sentence names, singular or plural."""
-    return {name for name, _, _ in said(text)[0]}
-
-
-def said(text: str) -> tuple[frozenset[tuple[str, int | None, str | None]], tuple[str, str] | None]:
-    """What a sentence says, whatever its order.
-
-    Returns:
-        ``(name, count, color)`` of each group it names, and its relation as (``left of`` or ``above``, first name).
-    """
-    singular = {form: name for name in OBJECTS for form in (name, plural(name))}
-    groups: dict[str, tuple[str, int | None, str | None]] = {}
-    count: int | None = None
-    color: str | None = None
-    for word in plain(text).split():
-        if word in ("a", "an", "one"):
-            count, color = 1, None
-        elif word in NUMBERS:
-            count, color = NUMBERS.index(word), None
-        elif word in COLORS:
-            color = word
-        elif word in singular:
-            groups.setdefault(singular[word], (singular[word], count, color))
-            count = color = None
-    names = list(groups)
-    relation = next((r for r in RELATIONS if f" {r} " in f" {plain(text)} "), None)
-    if relation is None or len(names) != 2:
-        return frozenset(groups.values()), None
-    if relation in ("right of", "below"):
-        relation, names = opposite(relation), names[::-1]
-    return frozenset(groups.values()), (relation, names[0])
 
 
 # ---- the image tokenizer --------------------------------------------------------------------
