@@ -271,6 +271,23 @@ def test_average_by_hand():
     assert weight.item() == pytest.approx(mean)
 
 
+def test_a_stage_ends_with_its_average(builder, tmp_path):
+    """The mean of the weights after each step, with the decay that counts early steps more."""
+    model, path = fresh_model(builder), []
+    mean = state_of(model)
+
+    def watch(_, step, figures):
+        path.append(step)
+        keep = min(0.5, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            mean[name].lerp_(value, 1 - keep)
+
+    run_stage(model, recipe_with(stages=[STAGES[2]]), 0, batches_of(builder), tmp_path / "state", watch)
+    assert len(path) == 4
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, mean[name], rtol=1e-5, atol=1e-7)
+
+
 # ---- resumed = unbroken -------------------------------------------------------------------------
 
 
