@@ -1,5 +1,6 @@
 """The image tokenizer's one-frame path against transformers' four frames, what it refuses, files, and PSNR."""
 
+import copy
 import json
 
 import numpy as np
@@ -48,14 +49,17 @@ def test_encode_gives_transformers_ids(tokenizer, shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_gives_transformers_first_frame(tokenizer, shape):
-    """Equal to the last bit here; elsewhere a convolution of four frames may sum in another order."""
+    """The same numbers but for rounding: four frames' convolutions may sum in another order. Measured on this
+    tokenizer: 2e-13 in float64 and 4e-5 in float32, of outputs up to 40; often 0."""
     b, h, w = shape
     ids = torch.randint(48, (b, h // 8, w // 8))
     with torch.no_grad():
         wanted = tokenizer.vq.decode(ids)
         got = tokenizer.pixels(tokenizer.lookup(ids))
+        wide = copy.deepcopy(tokenizer).double()
+        assert (wide.vq.decode(ids) - wide.pixels(wide.lookup(ids))).abs().max() < 1e-11
     assert got.shape == (b, 3, h, w) and wanted.std() > 0.1
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert torch.equal(tokenizer.decode(ids), got.clamp(-1, 1))
 
 
