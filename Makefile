@@ -7,13 +7,13 @@
 #   TORCH=torch==2.14.1  the torch to install; the default is the oldest that works, and what is tested here. Where pip
 #                       would bring a CUDA build of some gigabytes and you want the CPU one, point PIP_INDEX_URL at
 #                       PyTorch's index of CPU builds.
-#   OUT=runs/demo       where `make demo` writes
+#   OUT=runs/pictures   where `make demo` writes
 #   TESTS=...           what `make test` runs, such as TESTS="python_tests/test_cli.py -x"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-OUT ?= runs/demo
+OUT ?= runs/pictures
 TESTS ?= python_tests
 
 BIN := $(VENV)/bin
@@ -30,7 +30,7 @@ help: ## this list
 
 build: $(VENV)/.installed ## set up the environment and compile the kernels (again after a change in csrc/)
 
-demo: $(VENV)/.installed ## paint pictures from words and describe pictures; writes to runs/demo
+demo: $(VENV)/.installed ## paint pictures from words and describe pictures; writes to runs/pictures
 	$(BIN)/synergen demo --out $(OUT)
 
 test: $(VENV)/.dev ## every test
