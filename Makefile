@@ -49,7 +49,7 @@ format: $(VENV)/.dev ## put the sources into the form that lint wants
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## the demo's figures against their bars (about an hour on 2 cores)
+bench: $(VENV)/.dev ## the demo's figures against their bars
 	$(BIN)/synergen bench --suite demo --check
 
 abi-check: $(VENV)/.dev ## a wheel built with the oldest torch, tested under the newest (some gigabytes)
