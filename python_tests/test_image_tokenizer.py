@@ -303,3 +303,70 @@ def test_broken_configs_are_refused(tmp_path, change, message):
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=f"image tokenizer: .*{message}"):
         ImageTokenizer.from_pretrained(tmp_path)
+
+
+# ---- windows ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def windowed() -> ImageTokenizer:
+    whole = random_image_tokenizer(codebook_size=64)
+    tokenizer = ImageTokenizer(whole.config, window=(16, 8)).eval()
+    tokenizer.load_state_dict(whole.state_dict())
+    with torch.no_grad():  # codes where latents are, so that noise has many ids
+        tokenizer.codebook.copy_(tokenizer.latents(noise(4, 3, 32, 32, seed=5)).permute(0, 2, 3, 1).reshape(-1, 4))
+    return tokenizer
+
+
+def test_a_window_is_encoded_as_a_picture_of_its_own(windowed):
+    """Also the cuts and joins: every window of two pictures, in its place."""
+    pixels = noise(2, 3, 48, 24)
+    ids = windowed.encode(pixels)
+    assert ids.shape == (2, 6, 3) and len(ids.unique()) > 10
+    alone = ImageTokenizer(windowed.config)
+    alone.load_state_dict(windowed.state_dict())
+    for row in range(3):
+        for column in range(3):
+            window = pixels[:, :, 16 * row : 16 * row + 16, 8 * column : 8 * column + 8]
+            assert torch.equal(ids[:, 2 * row : 2 * row + 2, column : column + 1], alone.encode(window))
+
+
+def test_ids_do_not_move_with_the_rest_of_the_picture(windowed):
+    pixels = noise(1, 3, 32, 32)
+    changed = pixels.clone()
+    changed[:, :, 16:, 8:16] = noise(1, 3, 16, 8, seed=1)
+    same = windowed.encode(pixels) == windowed.encode(changed)
+    kept = torch.ones(1, 4, 4, dtype=torch.bool)
+    kept[:, 2:, 1] = False
+    assert same[kept].all() and not same.all()
+
+
+def test_equal_windows_are_encoded_once(windowed, monkeypatch):
+    rows = []
+    encode = windowed._latents
+    monkeypatch.setattr(windowed, "_latents", lambda x: rows.append(len(x)) or encode(x))
+    pixels = torch.ones(3, 3, 32, 32)
+    pixels[1, 0, 3, 9] = 0.5
+    ids = windowed.encode(pixels)
+    assert rows == [2]
+    assert torch.equal(ids, windowed.nearest(windowed.latents(pixels)))
+
+
+def test_windows_save_and_load(windowed, tmp_path):
+    windowed.save_pretrained(tmp_path)
+    assert ImageTokenizer.from_pretrained(tmp_path).window == (16, 8)
+    data = json.loads((tmp_path / "image_tokenizer.json").read_text())
+    for bad, message in (
+        ("16", "window must be .height, width. in pixels, got '16'"),
+        ([16, 8.0], "window must be .height, width. in pixels"),
+        ([16, 12], "window must be two multiples of 8 pixels up to 4096, got .16, 12."),
+        ([0, 8], "window must be two multiples of 8 pixels up to 4096"),
+    ):
+        (tmp_path / "image_tokenizer.json").write_text(json.dumps({**data, "window": bad}))
+        with pytest.raises(ValueError, match=message):
+            ImageTokenizer.from_pretrained(tmp_path)
+
+
+def test_pictures_hold_whole_windows(windowed):
+    with pytest.raises(ValueError, match="H a multiple of 16 and W of 8 up to 4096, got .1, 3, 24, 24."):
+        windowed.encode(noise(1, 3, 24, 24))

@@ -18,12 +18,12 @@ from synergen_ext.processing.image_tokenizer import to_pixels
 from synergen_ext.processing.sequences import SequenceBuilder
 from synergen_ext.scenes import training_scene
 from synergen_ext.training import loop, run
-from synergen_ext.training.checkpoints import load_state, save_state
+from synergen_ext.training.checkpoints import flatten_optimizers, load_state, restore_optimizers, save_state
 from synergen_ext.training.data import SceneBatches, SceneCache, collate, train_text_tokenizer
 from synergen_ext.training.loop import Average, run_stage, train_step
-from synergen_ext.training.recipe import PARTS, StageRecipe, load_recipe, parse_recipe
+from synergen_ext.training.recipe import OPTIMIZERS, PARTS, StageRecipe, load_recipe, parse_recipe
 from synergen_ext.training.run import run_recipe
-from synergen_ext.training.stages import freeze_all_but, learning_rate, make_optimizer, part_of
+from synergen_ext.training.stages import freeze_all_but, learning_rate, make_optimizers, part_of
 
 #: Tokenizer of stride 8 for 96 x 96 pixels: 12 x 12 ids, 18 folded tokens.
 GRID = (12, 12)
@@ -56,7 +56,7 @@ RECIPE = dict(
         full_steps=1,
         full_batch=1,
         autoencoder_steps=1,
-        settle_steps=1,
+        decoder_steps=1,
     ),
     data=dict(scenes=6, seed=1, text_vocab=300),
     stages=STAGES,
@@ -126,21 +126,33 @@ def test_parts_of_the_model():
     assert {"special_embeddings.weight", "special_output.weight", "image_embedding.positions"} <= parts["vision"]
 
 
+#: Tables with a row for each id or place; the fold's own matrices are decayed.
+PLAIN = {
+    "tok_embeddings.weight", "special_embeddings.weight", "image_embedding.tokens.weight",
+    "image_embedding.positions", "unfolding_head.tokens.weight", "unfolding_head.positions",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("train", [["vision"], ["vision", "attention"], list(PARTS), ["language_model"]], ids=str)
-def test_parameter_groups_hold_every_trained_parameter_once(train, tied):
+def test_parameter_groups_hold_every_trained_parameter_once(train, tied, kind):
     model = fresh_model(None, tie_word_embeddings=tied)
-    optimizer = make_optimizer(model, stage_with(train=train, weight_decay=0.05))
-    grouped = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    optimizers = make_optimizers(model, stage_with(train=train, weight_decay=0.05, optimizer=kind))
+    grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     wanted = {id(p) for n, p in model.named_parameters() if part_of(n) in train}
     assert len(grouped) == len(set(grouped)) and set(grouped) == wanted
     assert {id(p) for p in model.parameters() if p.requires_grad} == wanted
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    by = {id(p): type(o).__name__ for o in optimizers for g in o.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         if id(p) in decay:
-            plain = p.ndim == 1 or "embedding" in name or name.endswith(("positions", "tokens.weight"))
+            plain = p.ndim == 1 or name in PLAIN
             assert decay[id(p)] == (0 if plain else 0.05), name
-    assert all(g["betas"] == (0.9, 0.95) and g["eps"] == 1e-8 for g in optimizer.param_groups)
+            inner = p.ndim == 2 and (name.startswith(("layers.", "unfolding_head.layers.")) or ".proj_" in name)
+            assert by[id(p)] == ("Muon" if kind == "muon" and inner else "AdamW"), name
+    adamw = [g for o in optimizers if isinstance(o, torch.optim.AdamW) for g in o.param_groups]
+    assert adamw and all(g["betas"] == (0.9, 0.95) and g["eps"] == 1e-8 for g in adamw)
 
 
 def test_freezing_is_undone_by_the_next_stage():
@@ -200,6 +212,22 @@ def test_experts_are_copied_when_the_stage_begins(builder, tmp_path):
             assert not torch.equal(getattr(ffn.vision, m), getattr(ffn.text, m))
 
 
+def test_image_tables_begin_with_the_codes(builder, tmp_path):
+    """Codes that look alike begin alike in all three tables, at the scale they had."""
+    model, codebook = fresh_model(builder), torch.randn(CODES, 4)
+    codebook[1] = codebook[0] + 0.01
+    torch.manual_seed(0)
+    model.place_image_codes(codebook)
+    for table in (model.image_embedding.tokens, model.unfolding_head.tokens, model.unfolding_head.classifier):
+        rows = table.weight.detach()
+        assert rows.std().item() == pytest.approx(0.02, rel=0.25)
+        distance = torch.cdist(rows, rows) + torch.eye(CODES)
+        assert distance[0, 1] < distance[0, 2:].median()
+    recipe = recipe_with(stages=[{**STAGES[1], "place_codes": True}])
+    with pytest.raises(ValueError, match="stage 'stage1': place_codes needs the image tokenizer's codebook"):
+        run_stage(model, recipe, 0, batches_of(builder), tmp_path / "state.safetensors")
+
+
 def test_loss_falls(builder, tmp_path):
     """Both tasks, from a fresh tiny model, on ten scenes it sees again and again."""
     model, figures = fresh_model(builder), []
@@ -229,7 +257,7 @@ def test_a_step_adds_the_tasks_losses(builder):
         model(b.input_ids, b.labels, b.image_ids, b.paint).total.backward()
         wanted.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()])
     before = [p.detach().clone() for p in model.parameters()]
-    figures = train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), tasks, clip=1e9, bfloat16=False)
+    figures = train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], tasks, clip=1e9, bfloat16=False)
     for b, p, x, y in zip(before, model.parameters(), *wanted, strict=True):
         torch.testing.assert_close(b - p, x + y, rtol=1e-3, atol=1e-5)
     norm = torch.stack([(x + y).square().sum() for x, y in zip(*wanted, strict=True)]).sum().sqrt()
@@ -240,7 +268,7 @@ def test_a_step_adds_the_tasks_losses(builder):
 def test_gradients_are_clipped(builder):
     model, tasks = fresh_model(builder), two_tasks(builder)
     before = state_of(model)
-    train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), tasks, clip=1e-3, bfloat16=False)
+    train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], tasks, clip=1e-3, bfloat16=False)
     moved = sum((v - before[k]).square().sum() for k, v in model.state_dict().items()).sqrt()
     assert moved.item() == pytest.approx(1e-3, rel=0.02)
 
@@ -251,7 +279,7 @@ def test_a_step_that_is_not_finite_is_refused_and_changes_nothing(builder):
         model.image_embedding.tokens.weight[int(tasks[0][1].image_ids[0, 0, 0])] = torch.nan
     before = state_of(model)
     with pytest.raises(FloatingPointError, match="losses .*gradient norm"):
-        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), tasks, clip=1.0, bfloat16=False)
+        train_step(model, [torch.optim.SGD(model.parameters(), lr=1.0)], tasks, clip=1.0, bfloat16=False)
     for name, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(9.0), before[name].nan_to_num(9.0)), name
 
@@ -295,10 +323,13 @@ class Stopped(Exception):
     """Stands for a machine that goes away."""
 
 
-@pytest.mark.parametrize(("stop_after", "ema"), [(1, 0.9), (2, 0.9), (3, 0.0), (6, 0.9)])
-def test_a_resumed_stage_is_unbroken(builder, tmp_path, stop_after, ema):
+@pytest.mark.parametrize(
+    ("stop_after", "ema", "kind"),
+    [(1, 0.9, "adamw"), (2, 0.9, "adamw"), (3, 0.0, "adamw"), (6, 0.9, "adamw"), (4, 0.9, "muon")],
+)
+def test_a_resumed_stage_is_unbroken(builder, tmp_path, stop_after, ema, kind):
     """Saved every second step; what came after the last save is done again, to the same bits."""
-    stage = dict(STAGES[2], steps=7, ema=ema, weight_decay=0.1)
+    stage = dict(STAGES[2], steps=7, ema=ema, weight_decay=0.1, optimizer=kind)
     recipe = recipe_with(stages=[stage])
 
     def train(name, on_step=None):
@@ -321,6 +352,21 @@ def test_a_resumed_stage_is_unbroken(builder, tmp_path, stop_after, ema):
     saved = (stop_after - 1) // 2 * 2  # the step that stopped was not saved
     assert steps == [*range(stop_after), *range(saved, 7)]
     assert_equal_bits(resumed, whole)
+
+
+def test_moments_follow_their_names(builder):
+    """A state written with the groups in one order is read into another."""
+    model, tasks = fresh_model(builder), two_tasks(builder)
+    named = dict(model.named_parameters())
+    first = [torch.optim.AdamW(named.values())]
+    train_step(model, first, tasks, clip=1.0, bfloat16=False)
+    kept = flatten_optimizers(first, named)
+    second = [torch.optim.AdamW(list(named.values())[::-1])]
+    restore_optimizers(second, named, kept)
+    for p, moments in first[0].state.items():
+        assert_equal_bits(moments, second[0].state[p])
+    with pytest.raises(ValueError, match="moments of nowhere, which this stage does not train"):
+        restore_optimizers(second, named, {**kept, "optimizer.exp_avg.nowhere": torch.zeros(1)})
 
 
 def test_looking_at_samples_changes_nothing(builder, tmp_path):

@@ -82,6 +82,19 @@ class SynerGenVL(nn.Module):
             for name in ("gate", "up", "down"):
                 getattr(block.feed_forward.vision, name).copy_(getattr(block.feed_forward.text, name))
 
+    @torch.no_grad()
+    def place_image_codes(self, codebook: Tensor) -> None:
+        """Start the three tables over image ids from the tokenizer's code vectors ``[V, c]``.
+
+        Half of each row is a random linear map of its code, half is noise as before, at the same scale. So codes
+        that look alike begin alike, and what is learned of one serves its neighbours.
+        """
+        codes = (codebook.float() - codebook.float().mean(0)) / codebook.float().std(0).clamp_min(1e-6)
+        for table in (self.image_embedding.tokens, self.unfolding_head.tokens, self.unfolding_head.classifier):
+            size = table.weight.shape[1]
+            image = codes @ torch.randn(codes.shape[1], size) * (0.02 / codes.shape[1] ** 0.5)
+            table.weight.copy_((image + 0.02 * torch.randn_like(image)) / 2**0.5)
+
     # ---- forward ----------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:

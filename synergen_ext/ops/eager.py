@@ -31,6 +31,14 @@ def expert_ffn(
 ) -> Tensor:
     experts, width = gate.shape[0], x.shape[-1]
     index = expert_index.reshape(len(x), -1)
+    if expert_weight is None and index.shape[1] == 1:
+        if experts == 1:
+            return swiglu(x, gate[0], up[0], down[0])
+        order = index[:, 0].argsort(stable=True)
+        counts = index[:, 0].bincount(minlength=experts).tolist()
+        rows = x.index_select(0, order).split(counts)
+        y = torch.cat([swiglu(rows[e], gate[e], up[e], down[e]) for e in range(experts)])
+        return y.index_select(0, torch.empty_like(order).scatter_(0, order, torch.arange(len(x), device=x.device)))
     weight = None if expert_weight is None else expert_weight.reshape(index.shape)
     y = torch.zeros(len(x), width, dtype=torch.float32 if x.dtype != torch.float64 else x.dtype, device=x.device)
     for e in range(experts):

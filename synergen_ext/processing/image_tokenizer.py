@@ -13,7 +13,9 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
@@ -31,17 +33,32 @@ class ImageTokenizer(nn.Module):
 
     Args:
         config: transformers' ``Emu3VQVAEConfig``; the defaults are the published 270 M-parameter tokenizer.
+        window: pixels ``(height, width)`` of the windows that are encoded each by itself, or None to encode whole
+            pictures, as Emu3 does. Emu3's encoder norms and attends over all it is given, so the ids of a patch
+            move with the rest of the picture; in windows they depend on their own window only. Decoding always sees
+            the whole picture.
     """
 
-    def __init__(self, config: Emu3VQVAEConfig | None = None) -> None:
+    def __init__(self, config: Emu3VQVAEConfig | None = None, window: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.config = config or Emu3VQVAEConfig()
         self.vq = Emu3VQVAE(self.config)
         self.vq.eval()
+        self.window = window
+        if window is not None and not all(0 < side <= MAX_SIDE and side % self.stride == 0 for side in window):
+            raise ValueError(
+                f"image tokenizer: window must be two multiples of {self.stride} pixels up to {MAX_SIDE}, "
+                f"got {list(window)}"
+            )
 
     @property
     def codebook_size(self) -> int:
         return int(self.config.codebook_size)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The code vectors ``[V, c]``."""
+        return self.vq.quantize.embedding.weight.detach()
 
     @property
     def stride(self) -> int:
@@ -50,6 +67,24 @@ class ImageTokenizer(nn.Module):
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels ``[B, 3, H, W]`` in [-1, 1] -> unquantised latents ``[B, c, H/p, W/p]``."""
+        if self.window is None:
+            return self._latents(pixels)
+        return self._join(self._latents(self._windows(pixels)), *_grid(pixels, self.window))
+
+    def _windows(self, pixels: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> the windows in raster order, ``[B * R * C, 3, wh, ww]``."""
+        assert self.window is not None
+        (rows, columns), (wh, ww) = _grid(pixels, self.window), self.window
+        b, c = pixels.shape[:2]
+        return pixels.reshape(b, c, rows, wh, columns, ww).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, wh, ww)
+
+    @staticmethod
+    def _join(z: Tensor, rows: int, columns: int) -> Tensor:
+        """What ``_windows`` cut, after encoding: ``[B * R * C, c, h, w]`` -> ``[B, c, R * h, C * w]``."""
+        _, c, h, w = z.shape
+        return z.view(-1, rows, columns, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, rows * h, columns * w)
+
+    def _latents(self, pixels: Tensor) -> Tensor:
         encoder = self.vq.encoder
         h = encoder.conv_in(pixels)
         h = encoder.down_block(h)
@@ -97,20 +132,29 @@ class ImageTokenizer(nn.Module):
 
         Raises:
             ValueError: bytes in place of numbers, not three channels, or a side that is not a positive multiple of the
-                stride.
+                stride (of the window, if there is one).
         """
         if not pixels.is_floating_point():
             raise ValueError(f"encode: pixels must be floating point in [-1, 1], got {pixels.dtype}; see to_pixels")
         p = self.stride
         b, c, h, w = _shape4(pixels)
-        if c != self.config.in_channels or h % p or w % p or not 0 < h <= MAX_SIDE or not 0 < w <= MAX_SIDE:
+        step_h, step_w = self.window or (p, p)
+        if c != self.config.in_channels or h % step_h or w % step_w or not 0 < h <= MAX_SIDE or not 0 < w <= MAX_SIDE:
             raise ValueError(
-                f"encode: pixels must be [B, {self.config.in_channels}, H, W] with H and W multiples of {p} up to "
-                f"{MAX_SIDE}, got {list(pixels.shape)}"
+                f"encode: pixels must be [B, {self.config.in_channels}, H, W] with H a multiple of {step_h} and W of "
+                f"{step_w} up to {MAX_SIDE}, got {list(pixels.shape)}"
             )
         if b == 0:
             return torch.empty(0, h // p, w // p, dtype=torch.long, device=pixels.device)
-        return self.nearest(self.latents(pixels.to(self.vq.dtype)))
+        if self.window is None:
+            return self.nearest(self.latents(pixels.to(self.vq.dtype)))
+        # Ids of a window depend on its pixels alone, so equal windows (white, above all) are encoded once.
+        windows = self._windows(pixels.to(self.vq.dtype))
+        _, first, which = np.unique(_as_bytes(windows), return_index=True, return_inverse=True)
+        ids = torch.cat(
+            [self.nearest(self._latents(part)) for part in windows[torch.from_numpy(first)].split(_WINDOWS_AT_ONCE)]
+        )
+        return self._join(ids[torch.from_numpy(which), None], *_grid(pixels, self.window))[:, 0]
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -134,7 +178,10 @@ class ImageTokenizer(nn.Module):
         """Write the config and the weights (safetensors), the weights cast to ``dtype`` if given."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config.to_diff_dict(), indent=1, sort_keys=True) + "\n")
+        data = self.config.to_diff_dict()
+        if self.window is not None:
+            data["window"] = list(self.window)
+        (folder / CONFIG_FILE).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
         state = {
             k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous()
             for k, v in self.vq.state_dict().items()
@@ -153,10 +200,10 @@ class ImageTokenizer(nn.Module):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"image tokenizer: no {name} in {folder}")
-        config = _read_config(folder / CONFIG_FILE)
+        config, window = _read_config(folder / CONFIG_FILE)
         try:
             with torch.device("meta"):
-                model = cls(config)
+                model = cls(config, window)
         except (RuntimeError, ValueError, ZeroDivisionError) as e:  # widths that overflow, or do not divide
             raise ValueError(f"image tokenizer: {folder / CONFIG_FILE} cannot be built: {e}") from e
         state = read_weights(folder / WEIGHTS_FILE, model.vq.state_dict(), "image tokenizer")
@@ -177,7 +224,7 @@ CONFIG_FIELDS = (
 _MAX_BLOCKS = 64
 
 
-def _read_config(path: Path) -> Emu3VQVAEConfig:
+def _read_config(path: Path) -> tuple[Emu3VQVAEConfig, tuple[int, int] | None]:
     try:
         data = json.loads(path.read_text())
     except ValueError as e:  # broken JSON or broken UTF-8
@@ -191,7 +238,35 @@ def _read_config(path: Path) -> Emu3VQVAEConfig:
         raise ValueError(f"image tokenizer: {path} is not a tokenizer's config: {' '.join(str(e).split())}") from e
     if blocks > _MAX_BLOCKS:
         raise ValueError(f"image tokenizer: {path} must ask for at most {_MAX_BLOCKS} blocks a stage, got {blocks}")
-    return config
+    return config, read_window(data.get("window"), f"image tokenizer: {path}")
+
+
+def read_window(value: Any, where: str) -> tuple[int, int] | None:
+    """``[height, width]`` from a file, or None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or any(type(v) is not int for v in value):
+        raise ValueError(f"{where}: window must be [height, width] in pixels, got {value!r}")
+    return value[0], value[1]
+
+
+#: Windows encoded in one pass: bounds the memory, not the speed (72 windows of 16 x 8 pixels make one scene).
+_WINDOWS_AT_ONCE = 2048
+
+
+def _grid(pixels: Tensor, window: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of windows in ``[B, 3, H, W]``."""
+    return pixels.shape[2] // window[0], pixels.shape[3] // window[1]
+
+
+def _as_bytes(windows: Tensor) -> NDArray[np.void]:
+    """Each row of ``[N, ...]`` as one value that sorts and compares by its bytes."""
+    rows = windows.flatten(1).contiguous().cpu().numpy()
+    return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
 
 
 def _shape4(pixels: Tensor) -> tuple[int, int, int, int]:

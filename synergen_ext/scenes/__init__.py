@@ -9,6 +9,7 @@ from .compose import (
     Scene,
     exam_requests,
     place,
+    tokenizer_scene,
     training_scene,
 )
 from .language import CAPTION_INSTRUCTION, caption, phrase, questions
@@ -33,5 +34,6 @@ __all__ = [
     "place",
     "questions",
     "sprite",
+    "tokenizer_scene",
     "training_scene",
 ]

@@ -323,6 +323,18 @@ def training_scene(seed: int, index: int) -> Scene:
             return realise(rng, Request(tag, groups, relation, prompt), training=True)
 
 
+def tokenizer_scene(seed: int, index: int) -> Scene:
+    """Scene ``index`` of stream ``seed`` for the image tokenizer: every (object, colour) pair, equally often.
+
+    As in the paper, the image tokenizer is trained apart and knows how things look; what the held-out pairs test is
+    the model that speaks its ids.
+    """
+    rng = np.random.default_rng([seed, 8, index])
+    pairs = [int(i) for i in rng.permutation(len(OBJECTS) * len(COLORS))[: int(rng.integers(1, MAX_OBJECTS + 1))]]
+    groups = tuple(Group(OBJECTS[i // len(COLORS)], 1, _COLOR_NAMES[i % len(COLORS)]) for i in pairs)
+    return realise(rng, Request("scene", groups, None, phrase(groups, None)), training=False)
+
+
 def exam_scene(index: int, seed: int = 2024) -> Scene:
     """The true picture for exam request ``index``: what the understanding exam shows and asks about."""
     return realise(np.random.default_rng([seed, 2, index]), exam_requests(100, seed)[index], training=False)

@@ -40,19 +40,38 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, meta
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer moments as ``optimizer.<index>.<name>`` tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
+def flatten_optimizers(optimizers: list[torch.optim.Optimizer], named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Optimizer moments as ``optimizer.<moment>.<parameter>`` tensors; ``named`` are the trained parameters."""
+    return {
+        f"optimizer.{moment}.{name}": torch.as_tensor(value)
+        for optimizer in optimizers
+        for name, p in named.items()
+        if p in optimizer.state
+        for moment, value in optimizer.state[p].items()
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def restore_optimizers(
+    optimizers: list[torch.optim.Optimizer], named: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    """Give every parameter of ``named`` the moments stored under its name, in whatever order groups hold them.
+
+    Parameters that never had a gradient have none.
+
+    Raises:
+        ValueError: the state has moments of a parameter that is not trained.
+    """
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in without_prefix("optimizer", tensors).items():
+        moment, name = key.split(".", 1)
+        moments.setdefault(name, {})[moment] = value
+    if surplus := sorted(moments.keys() - named.keys()):
+        raise ValueError(f"training state: it has optimizer moments of {surplus[0]}, which this stage does not train")
+    names = {id(p): name for name, p in named.items()}
+    for optimizer in optimizers:
+        held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        state = {i: moments[name] for i, name in enumerate(held) if name in moments}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

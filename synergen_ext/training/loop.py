@@ -11,12 +11,15 @@ from torch import Tensor
 
 from .. import ops
 from ..model import SynerGenVL
-from .checkpoints import flatten_optimizer, load_state, prefixed, restore_optimizer, save_state, without_prefix
+from ..model.modeling import IGNORE
+from .checkpoints import flatten_optimizers, load_state, prefixed, restore_optimizers, save_state, without_prefix
 from .data import Batch, SceneBatches
 from .recipe import Recipe, StageRecipe
-from .stages import learning_rate, make_optimizer
+from .stages import learning_rate, make_optimizers
+from .world import World
 
 OnStep = Callable[[str, int, dict[str, float]], None]
+ALONE = World()
 
 
 class Average:
@@ -38,46 +41,59 @@ class Average:
             named[k].copy_(v)
 
 
-def _batches(batches: SceneBatches, stage: StageRecipe, step: int) -> list[tuple[str, Batch]]:
+def _batches(batches: SceneBatches, stage: StageRecipe, step: int, world: World) -> list[tuple[str, Batch]]:
+    """This process's share of every task's rows."""
+    share = slice(world.rank, None, world.size)
     out = []
     if stage.paint:
-        out.append(("paint", batches.paint(step, stage.paint)))
+        out.append(("paint", batches.paint(step, stage.paint, share)))
     if stage.describe:
-        out.append(("describe", batches.describe(step, stage.describe, stage.questions)))
+        out.append(("describe", batches.describe(step, stage.describe, stage.questions, share)))
     if stage.text:
-        out.append(("text", batches.text(step, stage.text, stage.questions)))
+        out.append(("text", batches.text(step, stage.text, stage.questions, share)))
     return out
 
 
 def train_step(
-    model: SynerGenVL, optimizer: torch.optim.Optimizer, tasks: list[tuple[str, Batch]], clip: float, bfloat16: bool
-) -> dict[str, float]:
+    model: SynerGenVL, optimizers: list[torch.optim.Optimizer], tasks: list[tuple[str, Batch]], clip: float,
+    bfloat16: bool, world: World = ALONE,
+) -> dict[str, float]:  # fmt: skip
     """One update from all tasks: the sum of their losses (eq. 4). Returns the losses and the gradient norm.
+
+    Several processes take the step that one would take on all their rows: a task's text loss is the mean over the
+    targets of all of them, and every process has the same number of pictures.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the weights are as before the step.
     """
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    targets = [float((batch.labels[:, 1:] != IGNORE).sum()) for _, batch in tasks]
+    shares = [n * world.size / max(1.0, total) for n, total in zip(targets, world.sum(targets), strict=True)]
     figures: dict[str, float] = {}
-    for name, batch in tasks:
+    for (name, batch), share in zip(tasks, shares, strict=True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             losses = model(batch.input_ids, batch.labels, batch.image_ids, batch.paint)
-        losses.total.backward()
-        figures[f"{name}/text"] = float(losses.text.detach())
+        (losses.total + (share - 1) * losses.text).backward()
+        figures[f"{name}/text"] = float(losses.text.detach()) * share
         if name == "paint":
             figures["paint/image"] = float(losses.image.detach())
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    figures = {k: v / world.size for k, v in zip(figures, world.sum(figures.values()), strict=True)}
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    world.average_gradients(trained)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
     if not torch.isfinite(torch.tensor([norm, *figures.values()])).all():
         raise FloatingPointError(f"losses {figures}, gradient norm {norm}")
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     figures["gradient_norm"] = norm
     return figures
 
 
 def run_stage(
     model: SynerGenVL, recipe: Recipe, index: int, batches: SceneBatches, state_file: Path,
-    on_step: OnStep | None = None, on_sample: Callable[[str, int], None] | None = None,
+    on_step: OnStep | None = None, on_sample: Callable[[str, int], None] | None = None, world: World = ALONE,
+    codebook: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Train one stage to its end, resuming from ``state_file`` if it holds this stage.
 
@@ -93,12 +109,16 @@ def run_stage(
             model.load_state_dict(without_prefix("model", tensors))
     if start == 0 and stage.copy_experts:
         model.copy_text_experts()
-    optimizer = make_optimizer(model, stage)
+    if start == 0 and stage.place_codes:
+        if codebook is None:
+            raise ValueError(f"stage {stage.name!r}: place_codes needs the image tokenizer's codebook")
+        model.place_image_codes(codebook)
+    optimizers = make_optimizers(model, stage)
     named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if stage.ema:
         average = Average(named, stage.ema)
     if start:
-        restore_optimizer(optimizer, tensors)
+        restore_optimizers(optimizers, named, tensors)
         if average:
             average.weights = without_prefix("average", tensors)
     del tensors
@@ -106,22 +126,23 @@ def run_stage(
     with ops.backend("eager"):
         for step in range(start, stage.steps):
             rate = learning_rate(stage, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
             began = time.perf_counter()
-            tasks = _batches(batches, stage, step)
-            figures = train_step(model, optimizer, tasks, stage.clip, recipe.bfloat16)
+            tasks = _batches(batches, stage, step, world)
+            figures = train_step(model, optimizers, tasks, stage.clip, recipe.bfloat16, world)
             if average:
                 average.update(named, step)
             seconds = time.perf_counter() - began
             figures["learning_rate"] = rate
-            figures["tokens_per_second"] = sum(b.tokens for _, b in tasks) / seconds
-            figures["samples_per_second"] = sum(len(b.input_ids) for _, b in tasks) / seconds
+            figures["tokens_per_second"] = world.size * sum(b.tokens for _, b in tasks) / seconds
+            figures["samples_per_second"] = world.size * sum(len(b.input_ids) for _, b in tasks) / seconds
             if on_step:
                 on_step(stage.name, step, figures)
             done = step + 1
-            if done % recipe.save_every == 0 and done < stage.steps:
-                _save(state_file, model, optimizer, average, stage.name, done)
+            if world.rank == 0 and done % recipe.save_every == 0 and done < stage.steps:
+                _save(state_file, model, optimizers, named, average, stage.name, done)
             if on_sample and recipe.sample_every and done % recipe.sample_every == 0:
                 on_sample(stage.name, done)
     if average:
@@ -130,9 +151,10 @@ def run_stage(
 
 
 def _save(
-    path: Path, model: SynerGenVL, optimizer: torch.optim.Optimizer, average: Average | None, stage: str, step: int
-) -> None:
-    tensors = {**prefixed("model", model.state_dict()), **flatten_optimizer(optimizer)}
+    path: Path, model: SynerGenVL, optimizers: list[torch.optim.Optimizer], named: dict[str, Tensor],
+    average: Average | None, stage: str, step: int,
+) -> None:  # fmt: skip
+    tensors = {**prefixed("model", model.state_dict()), **flatten_optimizers(optimizers, named)}
     if average:
         tensors |= prefixed("average", average.weights)
     save_state(path, tensors, {"stage": stage, "step": step})

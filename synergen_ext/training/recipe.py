@@ -21,6 +21,7 @@ MAX_RECIPE_BYTES = 1 << 20
 #: What a stage may train. The paper's stage 1 is ``vision``, stage 2 adds ``attention``, tuning adds the rest.
 PARTS = ("vision", "attention", "language_model")
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def _require(fits: object, where: str, name: str, wanted: str, got: Any) -> None:
@@ -51,6 +52,7 @@ class StageRecipe:
     steps: int
     learning_rate: float
     schedule: str = "constant"
+    optimizer: str = "adamw"
     warmup: int = 50
     weight_decay: float = 0.05
     paint: int = 0  # caption -> picture
@@ -61,6 +63,7 @@ class StageRecipe:
     clip: float = 1.0  # gradient norm
     ema: float = 0.0  # decay of the averaged weights that the stage ends with; 0 keeps the last weights
     copy_experts: bool = False  # begin by copying every text FFN to its vision expert
+    place_codes: bool = False  # begin with the tokenizer's code vectors in the tables over image ids
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -70,6 +73,7 @@ class StageRecipe:
         _require(known, where, "train", f"a list of some of {', '.join(PARTS)}", self.train)
         known = self.schedule in SCHEDULES
         _require(known, where, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        _require(self.optimizer in OPTIMIZERS, where, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
         for name in ("steps", "questions"):
             _require(getattr(self, name) >= 1, where, name, "at least 1", getattr(self, name))
         for name in ("paint", "describe", "text", "warmup", "weight_decay"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,26 +30,28 @@ SAMPLE_PROMPTS = (
 
 
 class Reporter:
-    """Use as a context manager around a run. Figures go to ``log.jsonl`` (every step) and TensorBoard if installed."""
+    """Use as a context manager around a run. Figures go to ``log.jsonl`` (every step) and TensorBoard if installed.
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
+    Of several processes one reports; the others are ``silent``.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, silent: bool = False) -> None:
+        self.recipe, self.out, self.silent = recipe, out, silent
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}"), disable=silent,
         )  # fmt: skip
         self.task_id: Any = None
         self.board: Any = None
 
     def __enter__(self) -> Reporter:
-        self.log = open(self.out / "log.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
+        self.log = open(os.devnull if self.silent else self.out / "log.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
         self.log.write("\n" if self.log.tell() else "")  # after half a line, begin a new one
-        try:
-            from torch.utils.tensorboard import SummaryWriter
+        if not self.silent:
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.out / "tensorboard"))  # type: ignore[no-untyped-call]
-        except ImportError:
-            self.board = None
+                self.board = SummaryWriter(str(self.out / "tensorboard"))  # type: ignore[no-untyped-call]
         self.began = time.time()
         self.progress.start()
         return self

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .loop import run_stage
 from .recipe import Recipe, StageRecipe, load_recipe
 from .report import Reporter
 from .tokenizer import train_tokenizer
+from .world import World
 
 STATE_FILE = "state.safetensors"
 
@@ -54,10 +55,26 @@ def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: 
             raise ValueError(f"train: {out} is not empty; remove it, choose another folder, or resume")
         if kept.is_file() and kept.read_text() != text:
             raise ValueError(f"train: {out} holds a run of another recipe (its recipe.yaml differs from {path})")
-    out.mkdir(parents=True, exist_ok=True)
-    kept.write_text(text)
-    with Reporter(recipe, out) as reporter:
-        return _Run(recipe, out, reporter).go()
+    world = World.join()
+    _check_shares(recipe, world.size)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if world.rank == 0:
+            kept.write_text(text)
+        with Reporter(recipe, out, silent=world.rank != 0) as reporter:
+            return _Run(recipe, out, reporter, world).go()
+    finally:
+        world.leave()
+
+
+def _check_shares(recipe: Recipe, processes: int) -> None:
+    for stage in recipe.stages:
+        for task in ("paint", "describe", "text"):
+            if getattr(stage, task) % processes:
+                raise ValueError(
+                    f"recipe: stage {stage.name!r}: {task} must be a multiple of the {processes} processes, "
+                    f"got {getattr(stage, task)}"
+                )
 
 
 def plan(recipe: Recipe) -> str:
@@ -97,9 +114,9 @@ def _codebook_size(recipe: Recipe) -> int:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, out: Path, reporter: Reporter) -> None:
-        self.recipe, self.out, self.reporter = recipe, out, reporter
-        self.text = self._text_tokenizer()
+    def __init__(self, recipe: Recipe, out: Path, reporter: Reporter, world: World) -> None:
+        self.recipe, self.out, self.reporter, self.world = recipe, out, reporter, world
+        self.text = world.first(self._text_tokenizer)
         self.config: SynerGenConfig = recipe.config(self.text.vocab_size, _codebook_size(recipe))
         self.builder = SequenceBuilder(self.config, self.text)
 
@@ -114,14 +131,18 @@ class _Run:
                 continue
             batches = self._batches(i, stage)
             with self.reporter.stage(stage):
-                sample: Callable[[str, int], None] | None = None
-                if stage.paint:
-                    sample = lambda name, step: self.reporter.sample(  # noqa: E731
-                        model, self.builder, self.image_tokenizer(), name, step
-                    )
-                run_stage(model, recipe, i, batches, self.out / STATE_FILE, self.reporter.step, sample)
-            save_state(finished, model.state_dict(), {"stage": stage.name, "step": stage.steps})
-        return self._export(model)
+                sample = functools.partial(self._sample, model) if stage.paint else None
+                run_stage(
+                    model, recipe, i, batches, self.out / STATE_FILE, self.reporter.step, sample, self.world,
+                    self.image_tokenizer().codebook if stage.place_codes else None,
+                )  # fmt: skip
+            if self.world.rank == 0:
+                save_state(finished, model.state_dict(), {"stage": stage.name, "step": stage.steps})
+        return self._export(model) if self.world.rank == 0 else self.out / "checkpoint"
+
+    def _sample(self, model: SynerGenVL, stage: str, step: int) -> None:
+        if self.world.rank == 0:
+            self.reporter.sample(model, self.builder, self.image_tokenizer(), stage, step)
 
     def _text_tokenizer(self) -> TextTokenizer:
         folder = self.out / "text"
@@ -149,9 +170,9 @@ class _Run:
         ids: NDArray[np.uint16] = np.zeros((0, *self.config.image_grid), np.uint16)
         data = self.recipe.data
         if stage.paint or stage.describe:
-            cache = SceneCache(self.out / "cache", self.image_tokenizer(), data.seed, data.scenes)
+            cache = SceneCache(self.out / "cache", self.world.first(self.image_tokenizer), data.seed, data.scenes)
             with self.reporter.task("tokenising scenes", data.scenes, 0):
-                ids = cache.build(self.reporter.advance)
+                ids = self.world.first(lambda: cache.build(self.reporter.advance))
         return SceneBatches(self.builder, ids, data.seed, self.recipe.seed * 1000 + index, stage.unconditional)
 
     def _export(self, model: SynerGenVL) -> Path:

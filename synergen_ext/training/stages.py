@@ -32,19 +32,36 @@ def freeze_all_but(model: nn.Module, parts: list[str]) -> list[tuple[str, nn.Par
     return trained
 
 
-def make_optimizer(model: SynerGenVL, stage: StageRecipe) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95), eps 1e-8 (table 8). Norms, biases, embeddings and position tables are not decayed."""
+def make_optimizers(model: SynerGenVL, stage: StageRecipe) -> list[torch.optim.Optimizer]:
+    """What a stage's recipe asks for; together they hold every trained parameter once.
+
+    ``adamw`` is the paper's: (0.9, 0.95), eps 1e-8 (table 8). ``muon`` orthogonalises the momentum of the layers'
+    matrices (Jordan et al. 2024), with steps as long as AdamW's, and leaves all else to AdamW. Norms, biases,
+    embeddings and position tables are not decayed.
+    """
     trained = freeze_all_but(model, stage.train)
+    matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, p in trained:
-        plain = p.ndim < 2 or "embedding" in name or "positions" in name or name.endswith("tokens.weight")
-        (kept if plain else decayed).append(p)
-    assert len(decayed) + len(kept) == len({id(p) for _, p in trained})
+        if p.ndim < 2 or name.endswith(("embeddings.weight", "tokens.weight", "positions")):
+            kept.append(p)
+        elif stage.optimizer == "muon" and "output" not in name and "classifier" not in name:
+            matrices.append(p)
+        else:
+            decayed.append(p)
+    assert len(matrices) + len(decayed) + len(kept) == len({id(p) for _, p in trained})
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=stage.learning_rate, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
     groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=stage.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True
-    )
+    if groups := [g for g in groups if g["params"]]:
+        optimizers.append(torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True))
+    return optimizers
 
 
 def learning_rate(stage: StageRecipe, step: int) -> float:
