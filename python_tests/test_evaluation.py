@@ -517,13 +517,16 @@ class FakeTokenizer:
     """Keeps pictures whole (``blur`` 0) or averages them over blocks."""
 
     codebook_size = 4
+    stride = 8
 
     def __init__(self, blur: int = 0) -> None:
         self.blur = blur
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         self.kept = pixels
-        return torch.tensor([0, 1, 1, 3]).repeat(len(pixels), 1)[:, None]
+        ids = torch.tensor([0, 1, 1, 3]).repeat(len(pixels), 12, 3)  # [B, 12, 12]: the same in every row
+        ids[0, :, ::4] = 1  # and in the first picture of a batch other ones
+        return ids
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
         if not self.blur:
@@ -537,6 +540,7 @@ def test_tokenizer_exam() -> None:
     assert perfect["read_true"] == perfect["read_reconstructed"] == 1.0
     assert perfect["box_psnr"] > 90 and perfect["psnr"] > 90
     assert perfect["codes_used"] == 0.75
+    assert 0.5 < perfect["steady_ids"] < 1
     poor = exam.tokenizer_exam(FakeTokenizer(blur=8), n=12)
     assert poor["read_true"] == 1.0 and poor["read_reconstructed"] < 0.5
     low, high = poor["box_psnr_middle"]
@@ -544,6 +548,12 @@ def test_tokenizer_exam() -> None:
     assert poor["box_psnr"] < poor["psnr"] < 30, "white paper flatters"
     with pytest.raises(ValueError, match="n must be >= 1, got 0"):
         exam.tokenizer_exam(FakeTokenizer(), n=0)
+
+
+def test_steadiness_by_hand() -> None:
+    """Three cats of two tokens, one dog: the columns' commonest are 2 of 3, 3 of 3, and the dog's own."""
+    cats, dog = np.array([[1, 5], [1, 5], [2, 5]]), np.array([[3, 4]])
+    assert exam._steadiness([cats, dog]) == (2 + 3 + 1 + 1) / 8
 
 
 def test_box_psnr_of_the_exam_is_the_closed_form() -> None:

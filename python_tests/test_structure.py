@@ -13,7 +13,7 @@ import torch
 
 import synergen_ext
 from synergen_ext import _C, kernels, ops
-from synergen_ext.ops import reference
+from synergen_ext.ops import eager, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -128,21 +128,33 @@ def test_submodules_load_when_named():
         synergen_ext.nothing  # noqa: B018
 
 
-def test_backend_switch():
+@pytest.mark.parametrize("other", [reference, eager], ids=["reference", "eager"])
+def test_backend_switch(other, monkeypatch):
     x, weight = torch.ones(2, 4), torch.ones(4)
+    name = other.__name__.rsplit(".", 1)[1]
     assert ops.current_backend() == "native"
     calls = []
-    original = reference.rms_norm
-    reference.rms_norm = lambda *args: calls.append(args) or original(*args)
-    try:
-        with ops.backend("reference"):
-            ops.rms_norm(x, weight)
-            assert ops.current_backend() == "reference"
+    original = other.rms_norm
+    monkeypatch.setattr(other, "rms_norm", lambda *args: calls.append(args) or original(*args))
+    with ops.backend(name):
         ops.rms_norm(x, weight)
-        with pytest.raises(KeyError), ops.backend("reference"):
-            raise KeyError
-        assert ops.current_backend() == "native" and len(calls) == 1
-    finally:
-        reference.rms_norm = original
+        assert ops.current_backend() == name
+    ops.rms_norm(x, weight)
+    with pytest.raises(KeyError), ops.backend(name):
+        raise KeyError
+    assert ops.current_backend() == "native" and len(calls) == 1
+
+
+def test_every_backend_has_every_op():
+    """With the same parameters, so that a caller need not know which is chosen."""
+    names = [n for n in ops.__all__ if callable(getattr(ops, n)) and "backend" not in n]
+    assert len(names) >= 7
+    for name in names:
+        wanted = inspect.signature(getattr(ops, name)).parameters
+        for other in (reference, eager):
+            assert list(inspect.signature(getattr(other, name)).parameters) == list(wanted), (other.__name__, name)
+
+
+def test_backends_have_names():
     with pytest.raises(ValueError, match="set_backend: name must be .*, got 'quick'"):
         ops.set_backend("quick")

@@ -12,9 +12,11 @@ from synergen_ext.training.checkpoints import load_state, save_state
 from synergen_ext.training.run import _flatten, _nest
 from synergen_ext.training.tokenizer import (
     EmaCodebook,
+    Pictures,
     TokenizerRecipe,
-    batch_pixels,
+    batch_pictures,
     build,
+    form_and_color,
     reconstruction_loss,
     train_tokenizer,
 )
@@ -44,6 +46,10 @@ RECIPE = TokenizerRecipe(
 SHORT = dataclasses.replace(
     RECIPE, steps=5, batch=1, full_steps=1, full_batch=1, autoencoder_steps=2, decoder_steps=3, restart_after=1
 )
+
+
+def batch_pixels(recipe: TokenizerRecipe, step: int) -> torch.Tensor:
+    return batch_pictures(recipe, step).pixels
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -119,7 +125,9 @@ def test_the_last_phase_moves_the_decoder_alone(window):
     """Ids made before it stay true."""
     recipe = dataclasses.replace(SHORT, window=window, crop=48)
     states: list[dict[str, torch.Tensor]] = []
-    train_tokenizer(recipe, save_every=1, on_save=lambda s: states.append({k: v.clone() for k, v in s["model"].items()}))
+    train_tokenizer(
+        recipe, save_every=1, on_save=lambda s: states.append({k: v.clone() for k, v in s["model"].items()})
+    )
     before, after = states[recipe.steps - 1], states[-1]
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert "vq.decoder.conv_out.weight" in moved
@@ -128,7 +136,9 @@ def test_the_last_phase_moves_the_decoder_alone(window):
 
 def test_the_encoder_learns_through_the_codes():
     """The straight-through estimator: with codes from the start and no commitment loss, it is the only gradient."""
-    seen = first_layer_and_codes(dataclasses.replace(SHORT, steps=3, autoencoder_steps=0, decoder_steps=0, commitment=0))
+    seen = first_layer_and_codes(
+        dataclasses.replace(SHORT, steps=3, autoencoder_steps=0, decoder_steps=0, commitment=0)
+    )
     moved = [(b[0] - a[0]).abs().max().item() for a, b in zip(seen, seen[1:], strict=False)]
     assert min(moved) > 1e-5  # weight decay alone: 1e-7
 
@@ -263,9 +273,81 @@ def test_crops_begin_on_the_windows():
     assert found == 8
 
 
+# ---- recoloured pairs ---------------------------------------------------------------------------
+
+PAIRED = dataclasses.replace(SHORT, window=[16, 8], crop=48, recolor=0.3, batch=8, full_batch=4)
+
+
+@pytest.mark.parametrize("step", [0, SHORT.steps - 1])
+def test_pairs_show_the_same_forms_in_other_colours(step):
+    pictures = batch_pictures(PAIRED, step)
+    first, second = pictures.pixels.chunk(2)
+    assert ((first < 1).any(1) == (second < 1).any(1)).float().mean() > 0.995  # the palest edge may vanish
+    a, b = pictures.colors.chunk(2)
+    assert a.shape[1:] == (first.shape[2] // 16, first.shape[3] // 8)
+    assert ((a >= 0) == (b >= 0)).all() and (a >= 0).any() and (a < 0).any()
+    assert (a[a >= 0] != b[a >= 0]).all()
+    ink = torch.nn.functional.max_pool2d((pictures.pixels < 0.99).any(1).float(), (16, 8)) > 0
+    assert (pictures.colors[ink] >= 0).all()  # ink lies in objects only
+    assert torch.equal(batch_pictures(PAIRED, step).pixels, pictures.pixels)
+    assert len(batch_pictures(PAIRED, PAIRED.steps).pixels) == PAIRED.full_batch  # the decoder's phase: no pairs
+
+
+def latents_of(form: torch.Tensor, tone: torch.Tensor) -> torch.Tensor:
+    """Upper tokens ``[2 B, c, R, C]`` and lower ones, as the encoder would give them."""
+    return torch.stack((form, tone), dim=3).flatten(2, 3)
+
+
+def test_form_and_color_by_hand():
+    """Two pairs of two windows, all inked: no loss where forms and tones are pure, and the right loss where not."""
+    colors = torch.tensor([[[0, 0]], [[1, 1]], [[1, 1]], [[0, 0]]])
+    pictures = Pictures(torch.zeros(4, 3, 16, 16), colors)
+    form = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 1, 1, 2).repeat(2, 1, 1, 1)
+    tone = torch.where(colors == 0, -1.0, 1.0)[:, None]
+    latents = latents_of(form, tone)
+    exchanged, loss = form_and_color(latents, pictures, (16, 8))
+    assert torch.equal(exchanged, latents)  # equal forms: nothing to exchange
+    assert loss.item() == pytest.approx(0, abs=1e-5)
+
+    other = latents_of(form + torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1, 1), tone)
+    exchanged, loss = form_and_color(other, pictures, (16, 8))
+    assert torch.equal(exchanged[:, :, 1], other[:, :, 1])  # colours stay
+    assert torch.equal(exchanged[:2, :, 0], other[2:, :, 0]) and torch.equal(exchanged[2:, :, 0], other[:2, :, 0])
+    forms = torch.tensor([1.0, 2, 3, 4, 2, 3, 4, 5])
+    assert loss.item() == pytest.approx(1 / (2 * forms.var().item()), rel=1e-4)
+
+    uneven = tone.clone()
+    uneven[0, 0, 0, 0] = -3  # colour 0: -3, -1, -1, -1; its mean is -1.5
+    _, loss = form_and_color(latents_of(form, uneven), pictures, (16, 8))
+    spread = (1.5**2 + 3 * 0.5**2) / 8
+    assert loss.item() == pytest.approx(spread / uneven.var().item(), rel=1e-4)
+
+
+def test_white_windows_have_neither_form_nor_colour():
+    pictures = Pictures(torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 2, dtype=torch.long))
+    pictures.pixels[:, :, :, 8:] = 1
+    latents = torch.randn(2, 3, 2, 2)
+    far = latents.clone()
+    far[..., 1] += 50
+    wanted, got = (form_and_color(z, pictures, (16, 8))[1] for z in (latents, far))
+    assert wanted.item() == got.item() > 0
+
+
+def test_recoloured_training_separates_form_from_colour():
+    """A few seconds of training: forms move less with the colour, and colours less with the form, than at first."""
+    recipe = dataclasses.replace(
+        RECIPE, window=[16, 8], crop=48, recolor=0.5, batch=8, full_batch=2, steps=30, autoencoder_steps=20
+    )
+    figures: list[dict[str, float]] = []
+    train_tokenizer(recipe, on_step=lambda _, f: figures.append(f))
+    assert figures[0]["recolored"] > 0.8 and figures[-1]["recolored"] < 0.3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(recolor=0.3), "recolor needs windows two tokens high and one wide, .16, 8., and batches of at least 2"),
+        (dict(recolor=0.3, window=[16, 8], crop=48, batch=1), "got window .16, 8., batches 1 and 12"),
         (dict(window=[16]), "window must be .height, width. in pixels, got .16."),
         (dict(window=[0, 8]), "window must be above 0"),
         (dict(window=[32, 8], crop=48), "crop must be a multiple of 32 pixels, got 48"),

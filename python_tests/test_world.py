@@ -62,7 +62,9 @@ def assert_same_run(a: Path, b: Path) -> None:
         one, two = (load_state(out / "stages" / f"{stage}.safetensors")[0] for out in (a, b))
         assert one.keys() == two.keys()
         for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=3e-5, msg=lambda m, n=name: f"{stage} {n}: {m}")
+            torch.testing.assert_close(
+                two[name], value, rtol=1e-3, atol=3e-5, msg=lambda m, w=f"{stage}: {name}": f"{w}: {m}"
+            )
 
 
 def test_two_processes_train_as_one(recipe, alone, tmp_path):

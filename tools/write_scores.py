@@ -39,6 +39,7 @@ FIGURES = {
     "box_psnr_low": "the same, lowest tenth's bound, dB",
     "psnr": "PSNR of whole pictures, dB",
     "codes_used": "share of the codebook in use",
+    "steady_ids": "objects' tokens with their usual id",
     "read_true": "true scenes read without a fault",
     "read_reconstructed": "reconstructions read without a fault",
 }

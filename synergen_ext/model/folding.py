@@ -28,7 +28,7 @@ class FoldedEmbedding(nn.Module):
         """Ids ``[N, h, w]`` -> ``[N, (h/m) * (w/n), D]``, windows in raster order."""
         m, n = self.fold
         h, w = ids.shape[1:]
-        x = ops.active().fold_tokens(ids, self.tokens.weight, self.positions[:h, :w], m, n)  # [N, P, m*n*d]
+        x = ops.fold_tokens(ids, self.tokens.weight, self.positions[:h, :w], m, n)  # [N, P, m*n*d]
         return self.mlp(x)
 
     def one_window(self, ids: Tensor, index: int, columns: int) -> Tensor:
@@ -40,7 +40,7 @@ class FoldedEmbedding(nn.Module):
         m, n = self.fold
         row, column = divmod(index, columns // n)
         positions = self.positions[row * m : (row + 1) * m, column * n : (column + 1) * n]
-        x = ops.active().fold_tokens(ids.view(-1, m, n), self.tokens.weight, positions, m, n)
+        x = ops.fold_tokens(ids.view(-1, m, n), self.tokens.weight, positions, m, n)
         return self.mlp(x)
 
     def mlp(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.active().rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         q = self.wq(x).view(b, t, self.num_heads, self.head_dim)
         k = self.wk(x).view(b, t, self.num_kv_heads, self.head_dim)
         v = self.wv(x).view(b, t, self.num_kv_heads, self.head_dim)
-        q, k = ops.active().rope(q, k, positions, self.theta)
+        q, k = ops.rope(q, k, positions, self.theta)
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, H, T, Dh]
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -103,7 +103,7 @@ class ExpertFFN(nn.Module):
     def forward(self, x: Tensor, is_image: Tensor) -> Tensor:
         """``x [..., D]``, ``is_image [...]`` int64, 0 for text and 1 for image positions."""
         gate, up, down = (stack_pair(self.text, self.vision, name) for name in ("gate", "up", "down"))
-        y = ops.active().expert_ffn(x.reshape(-1, x.shape[-1]), gate, up, down, is_image.reshape(-1))
+        y = ops.expert_ffn(x.reshape(-1, x.shape[-1]), gate, up, down, is_image.reshape(-1))
         return y.view(x.shape)
 
 
@@ -154,5 +154,5 @@ class HeadBlock(nn.Module):
         h = self.ffn_norm(x).view(-1, x.shape[-1])
         ffn = self.feed_forward
         one_expert = torch.zeros(len(h), dtype=torch.long, device=h.device)
-        y = ops.active().expert_ffn(h, ffn.gate[None], ffn.up[None], ffn.down[None], one_expert)
+        y = ops.expert_ffn(h, ffn.gate[None], ffn.up[None], ffn.down[None], one_expert)
         return x + y.view(x.shape)

@@ -1,15 +1,13 @@
 """The ops of the model as differentiable torch functions.
 
-Each goes to the compiled kernel (``synergen::<op>``), or to its slow twin in `reference` when that
-backend is chosen:
+Each goes to the compiled kernel (``synergen::<op>``), or to its twin in the backend that is chosen:
+`reference`, slow and wide, is what the kernels are tested against; `eager` is PyTorch's own kernels,
+what they race against and what training on a CPU uses under autocast:
 
     >>> from synergen_ext import ops
     >>> with ops.backend("reference"):
     ...     y = ops.rms_norm(x, weight)
 """
-
-import sys
-from types import ModuleType
 
 from . import reference
 from ._backend import backend, current_backend, set_backend
@@ -20,7 +18,6 @@ from .rope import rope
 from .sample_tokens import sample_tokens
 
 __all__ = [
-    "active",
     "backend",
     "current_backend",
     "expert_ffn",
@@ -33,13 +30,3 @@ __all__ = [
     "set_backend",
     "unfold_ids",
 ]
-
-
-def active() -> ModuleType:
-    """The module whose ops the model calls: this one, or `eager` (PyTorch's own kernels) when that
-    backend is chosen."""
-    if current_backend() == "eager":
-        from . import eager
-
-        return eager
-    return sys.modules[__name__]

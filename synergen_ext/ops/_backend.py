@@ -1,13 +1,15 @@
-"""Which implementation the public functions call: the compiled kernels or the plain PyTorch
-reference."""
+"""Which implementation the public functions call: the compiled kernels, the slow reference, or
+PyTorch's own kernels (`eager`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from .._build import load
+from . import eager, reference
 
 _C = load()  # registers torch.ops.synergen
 
@@ -24,12 +26,13 @@ def set_backend(name: str) -> None:
 
 
 def current_backend() -> str:
-    """The implementation that the public functions call now: "native" or "reference"."""
+    """The implementation that the public functions call now: "native", "reference" or "eager"."""
     return _current
 
 
-def use_native() -> bool:
-    return _current == "native"
+def substitute() -> ModuleType | None:
+    """The module whose functions stand in for the kernels; None where the kernels are called."""
+    return {"native": None, "reference": reference, "eager": eager}[_current]
 
 
 @contextmanager

@@ -8,18 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .reference import fold_ids, fold_tokens, unfold_ids
+from .reference import fold_ids, fold_tokens, rope, sample_tokens, unfold_ids
 
-__all__ = ["expert_ffn", "fold_ids", "fold_tokens", "rms_norm", "rope", "unfold_ids"]
+__all__ = ["expert_ffn", "fold_ids", "fold_tokens", "rms_norm", "rope", "sample_tokens", "unfold_ids"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-
-
-def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 1e6) -> tuple[Tensor, Tensor]:
-    return reference.rope(q, k, positions, theta)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import no_second_derivative, reference_on_cuda, use_native
+from ._backend import no_second_derivative, reference_on_cuda, substitute
 
 
 def fold_tokens(ids: Tensor, table: Tensor, pos: Tensor, m: int, n: int) -> Tensor:
@@ -31,22 +31,22 @@ def fold_tokens(ids: Tensor, table: Tensor, pos: Tensor, m: int, n: int) -> Tens
         ValueError: a shape or dtype does not fit, or (CPU) an id is outside [0, V). On a CUDA
             device the vectors of such an id are NaN.
     """
-    if not use_native():
-        return reference.fold_tokens(ids, table, pos, m, n)
+    if (other := substitute()) is not None:
+        return other.fold_tokens(ids, table, pos, m, n)
     return torch.ops.synergen.fold_tokens(ids, table, pos, m, n)
 
 
 def fold_ids(ids: Tensor, m: int, n: int) -> Tensor:
     """The ids themselves in folded order: int64 [N, h, w] -> [N, (h / m) * (w / n), m * n]."""
-    if not use_native():
-        return reference.fold_ids(ids, m, n)
+    if (other := substitute()) is not None:
+        return other.fold_ids(ids, m, n)
     return torch.ops.synergen.fold_ids(ids, m, n)
 
 
 def unfold_ids(ids: Tensor, h: int, w: int, m: int, n: int) -> Tensor:
     """The inverse of `fold_ids`: int64 [N, (h / m) * (w / n), m * n] -> the raster [N, h, w]."""
-    if not use_native():
-        return reference.unfold_ids(ids, h, w, m, n)
+    if (other := substitute()) is not None:
+        return other.unfold_ids(ids, h, w, m, n)
     return torch.ops.synergen.unfold_ids(ids, h, w, m, n)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import reference_on_cuda, use_native
+from ._backend import reference_on_cuda, substitute
 
 
 def rope(
@@ -31,8 +31,8 @@ def rope(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    if not use_native():
-        return reference.rope(q, k, positions, theta, inverse=inverse)
+    if (other := substitute()) is not None:
+        return other.rope(q, k, positions, theta, inverse=inverse)
     return torch.ops.synergen.rope(q, k, positions, theta, inverse)
 
 

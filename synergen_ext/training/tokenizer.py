@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Emu3VQVAEConfig
 from transformers.models.emu3.modeling_emu3 import Emu3VQVAESpatialNorm
 
 from ..processing.image_tokenizer import ImageTokenizer, read_window, to_pixels
-from ..scenes import CANVAS, SPRITE, tokenizer_scene
+from ..scenes import CANVAS, COLORS, SPRITE, draw, tokenizer_scene
 
 
 @dataclass
@@ -50,6 +51,7 @@ class TokenizerRecipe:
     ema: float = 0.98
     restart_after: int = 60  # steps without use before a code restarts
     decoder_steps: int = 0  # after `steps`: the decoder alone on whole scenes; the ids are settled
+    recolor: float = 0.0  # weight of keeping form and colour in different tokens of a window (`form_and_color`)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class TokenizerRecipe:
             "batch": (1, 64), "full_batch": (1, 64),  # a step's scenes are 64 of the stream
             "crop": (SPRITE, CANVAS), "steps": (0, math.inf), "full_steps": (0, math.inf),
             "autoencoder_steps": (0, self.steps), "warmup": (1, math.inf), "restart_after": (0, math.inf),
-            "decoder_steps": (0, math.inf),
+            "decoder_steps": (0, math.inf), "recolor": (0, 1e6),
             "seed": (0, math.inf), "ema": (0, 1), "learning_rate": (0, 1), "commitment": (0, 1e6),
             "edge_weight": (0, 1e6),
         }  # fmt: skip
@@ -69,6 +71,12 @@ class TokenizerRecipe:
             for wanted in self.grid:
                 if side % wanted:
                     raise ValueError(f"recipe: tokenizer: {name} must be a multiple of {wanted} pixels, got {side}")
+
+        if self.recolor and (self.grid != (16, 8) or min(self.batch, self.full_batch) < 2):
+            raise ValueError(
+                "recipe: tokenizer: recolor needs windows two tokens high and one wide, [16, 8], and batches of at "
+                f"least 2, got window {self.window}, batches {self.batch} and {self.full_batch}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -164,15 +172,26 @@ def build(recipe: TokenizerRecipe) -> ImageTokenizer:
     return model
 
 
-def batch_pixels(recipe: TokenizerRecipe, step: int) -> Tensor:
-    """The pixels of one step, a function of ``(seed, step)`` alone: ``[B, 3, S, S]`` in [-1, 1]."""
+@dataclass
+class Pictures:
+    """One step's pictures; of recoloured pairs the second half shows the first in other colours."""
+
+    pixels: Tensor  # float32 [B, 3, S, S] in [-1, 1]
+    colors: Tensor  # int64 [B, R, C]: the colour of the object that a cell of the grid lies in, -1 outside of objects
+
+
+def batch_pictures(recipe: TokenizerRecipe, step: int) -> Pictures:
+    """The pictures of one step, a function of ``(seed, step)`` alone."""
     full = step >= recipe.steps - recipe.full_steps
     size, count = (CANVAS, recipe.full_batch) if full else (recipe.crop, recipe.batch)
+    paired = recipe.recolor > 0 and step < recipe.steps
     rng = np.random.default_rng([recipe.seed, 3, step])
-    pictures = np.empty((count, size, size, 3), np.uint8)
-    for i in range(count):
+    pictures: list[list[NDArray[np.uint8]]] = [[], []]
+    colors: list[list[NDArray[np.int64]]] = [[], []]
+    gh, gw = recipe.grid
+    for i in range(count // 2 if paired else count):
         scene = tokenizer_scene(recipe.seed, step * 64 + i)
-        picture = scene.image()
+        y = x = 0
         if not full:
             item = scene.items[int(rng.integers(len(scene.items)))]
             # Corners stay on the grid, as in the whole picture.
@@ -180,9 +199,43 @@ def batch_pixels(recipe: TokenizerRecipe, step: int) -> Tensor:
                 min(max(c - g * int(rng.integers((size - SPRITE) // g + 1)), 0), CANVAS - size) // g * g
                 for c, g in zip((item.y, item.x), recipe.grid, strict=True)
             )
-            picture = picture[y : y + size, x : x + size]
-        pictures[i] = picture
-    return to_pixels(pictures)
+        for half in range(2 if paired else 1):
+            turn = rng.integers(1, len(COLORS), len(scene.items)) if half else np.zeros(len(scene.items), np.int64)
+            names = list(COLORS)
+            shown = [(names.index(o.color) + int(t)) % len(names) for o, t in zip(scene.items, turn, strict=True)]
+            picture = draw([(o.name, names[k], o.x, o.y) for o, k in zip(scene.items, shown, strict=True)])
+            cells = np.full((CANVAS // gh, CANVAS // gw), -1)
+            for o, k in zip(scene.items, shown, strict=True):
+                cells[o.y // gh : -(-(o.y + SPRITE) // gh), o.x // gw : (o.x + SPRITE) // gw] = k
+            pictures[half].append(picture[y : y + size, x : x + size])
+            colors[half].append(cells[y // gh : (y + size) // gh, x // gw : (x + size) // gw])
+    return Pictures(to_pixels(np.stack(pictures[0] + pictures[1])), torch.from_numpy(np.stack(colors[0] + colors[1])))
+
+
+def form_and_color(latents: Tensor, pictures: Pictures, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Keeps the form of a window in its upper token and the colour in its lower one.
+
+    Args:
+        latents: ``[2 B, c, H/8, W/8]`` of recoloured pairs, in windows two tokens high and one wide.
+
+    Returns:
+        The latents with the upper tokens of each pair exchanged, from which the decoder must restore the pictures;
+        and the loss: how far upper tokens differ within a pair, and lower tokens within a colour, each as a share of
+        their variance.
+    """
+    upper, lower = latents[:, :, 0::2], latents[:, :, 1::2]  # [2 B, c, R, C]
+    half = len(latents) // 2
+    exchanged = torch.stack((upper.roll(half, 0), lower), dim=3).reshape(latents.shape)
+    inked = F.max_pool2d((pictures.pixels < 1).any(1, keepdim=True).float(), window)[:, 0] > 0
+    inked &= pictures.colors >= 0
+    a, b = (part.permute(0, 2, 3, 1)[inked[:half]] for part in upper.chunk(2))
+    forms = torch.cat((a, b))
+    form = (a - b).square().sum(1).mean() / (2 * forms.var(0).sum() + 1e-6)
+    colors, tones = pictures.colors[inked], lower.permute(0, 2, 3, 1)[inked]
+    chosen = F.one_hot(colors, len(COLORS)).to(tones.dtype)  # [N, 8]
+    means = chosen.T @ tones / chosen.sum(0)[:, None].clamp_min(1)
+    color = (tones - means[colors]).square().sum(1).mean() / (tones.var(0).sum() + 1e-6)
+    return exchanged, form + color
 
 
 def reconstruction_loss(out: Tensor, target: Tensor, edge_weight: float) -> Tensor:
@@ -222,7 +275,8 @@ def train_tokenizer(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        if step == recipe.autoencoder_steps:
+        if step in (recipe.autoencoder_steps, recipe.steps):
+            # Again when the encoder is done: codes placed early divide what has since become one.
             codebook.place(torch.cat(list(_latents(model, recipe, step))), generator)
         figures = _step(model, codebook, optimizer, recipe, step, generator)
         if on_step:
@@ -255,7 +309,7 @@ def _latents(model: ImageTokenizer, recipe: TokenizerRecipe, step: int) -> Itera
     for i in itertools.count():
         if found >= 24 * model.codebook_size:
             return
-        z = model.latents(batch_pixels(recipe, step + i))
+        z = model.latents(batch_pictures(recipe, step + i).pixels)
         found += z.shape[0] * z.shape[2] * z.shape[3]
         yield z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).float()
 
@@ -269,7 +323,8 @@ def _step(
     generator: torch.Generator,
 ) -> dict[str, float]:
     # BatchNorm of the temporal blocks stays at its identity statistics: a picture is one frame.
-    x = batch_pixels(recipe, step)
+    pictures = batch_pictures(recipe, step)
+    x = pictures.pixels
     restarted, used = 0, 0.0
     settled = step >= recipe.steps
     if settled:
@@ -277,7 +332,10 @@ def _step(
     else:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z = model.latents(x).float()
-    commitment = z.new_zeros(())
+    commitment = recolored = z.new_zeros(())
+    paired = recipe.recolor > 0 and not settled
+    if paired:
+        _, recolored = form_and_color(z, pictures, recipe.grid)
     if step >= recipe.autoencoder_steps and not settled:
         flat = z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         ids = torch.cdist(flat, codebook.weight).argmin(1)
@@ -286,10 +344,13 @@ def _step(
         z = z + (quantised - z).detach()
         restarted = codebook.update(flat, ids, recipe.restart_after, generator)
         used = float((codebook.idle < recipe.restart_after).float().mean())
+    if paired:
+        z, _ = form_and_color(z, pictures, recipe.grid)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model.pixels(z)
     out = out.float()
     loss = reconstruction_loss(out, x, recipe.edge_weight) + recipe.commitment * commitment
+    loss = loss + recipe.recolor * recolored
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
@@ -298,6 +359,7 @@ def _step(
     return {
         "loss": float(loss.detach()),
         "commitment": float(commitment.detach()),
+        "recolored": float(recolored.detach()),
         "psnr": float(10 * torch.log10(4 / mse)),
         "codes_used": used,
         "restarted": float(restarted),
