@@ -3,7 +3,8 @@
     pytest benchmarks/bench_model.py                        # all of them, some minutes
     pytest benchmarks/bench_model.py -k "tokenizer and demo"
 
-- Image tokenizer: one frame (ours) against transformers' clip of four equal frames, encode and decode.
+- Image tokenizer: one frame (ours) against transformers' clip of four equal frames, encode and decode; in windows,
+  equal ones encoded once against every one encoded.
 - Painting and writing: with caches against running the whole sequence again for every token.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ from transformers import Emu3VQVAEConfig
 
 from synergen_ext import ops
 from synergen_ext.generation.oracle import Sampling, generate_image_ids, generate_text
+from synergen_ext.generation.pipeline import shipped_checkpoint
 from synergen_ext.model import SynerGenConfig, SynerGenVL
-from synergen_ext.processing.image_tokenizer import ImageTokenizer
+from synergen_ext.processing.image_tokenizer import ImageTokenizer, to_pixels
+from synergen_ext.scenes import training_scene
 
 
 @dataclass
@@ -77,6 +81,23 @@ def decode(tokenizer: ImageTokenizer, pictures: int, side: int) -> Work:
         lambda: tokenizer.vq.decode(ids).clamp(-1, 1),
         "transformers",
         lambda ours, theirs: torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4),
+    )
+
+
+def encode_windows(scenes: int) -> Work:
+    """The shipped tokenizer on training scenes."""
+    tokenizer = ImageTokenizer.from_pretrained(shipped_checkpoint())
+    pixels = to_pixels(np.stack([training_scene(0, i).image() for i in range(scenes)]))
+
+    def same(ours: Tensor, theirs: Tensor) -> None:
+        assert tokenizer.window is not None and torch.equal(ours, theirs)
+
+    return Work(
+        lambda: tokenizer.encode(pixels),
+        lambda: torch.cat([tokenizer.nearest(tokenizer.latents(part)) for part in pixels.split(32)]),
+        "every window",
+        same,
+        rounds=3,
     )
 
 
@@ -152,6 +173,7 @@ CASES: dict[str, Callable[[], Work]] = {
     "tokenizer decode demo 8 x 96": lambda: decode(demo_tokenizer(), 8, 96),
     "tokenizer encode emu3 1 x 64": lambda: encode(emu3_tokenizer(), 1, 64),
     "tokenizer decode emu3 1 x 64": lambda: decode(emu3_tokenizer(), 1, 64),
+    "tokenizer encode 1024 scenes in windows": lambda: encode_windows(1024),
     "paint demo 4 pictures": paint,
     "write demo 4 x 32 words": write,
 }
