@@ -117,18 +117,18 @@ def first_layer_and_codes(recipe: TokenizerRecipe) -> list[tuple[torch.Tensor, t
 def test_codes_move_from_the_step_that_places_them():
     seen = first_layer_and_codes(SHORT)
     codes_moved = [not torch.equal(a[1], b[1]) for a, b in zip(seen, seen[1:], strict=False)]
-    assert codes_moved == [SHORT.autoencoder_steps <= step < SHORT.steps for step in range(1, len(seen))]
+    assert codes_moved == [SHORT.autoencoder_steps <= step <= SHORT.steps for step in range(1, len(seen))]
 
 
 @pytest.mark.parametrize("window", [[], [16, 8]], ids=str)
 def test_the_last_phase_moves_the_decoder_alone(window):
-    """Ids made before it stay true."""
+    """Ids made in it stay true."""
     recipe = dataclasses.replace(SHORT, window=window, crop=48)
     states: list[dict[str, torch.Tensor]] = []
     train_tokenizer(
         recipe, save_every=1, on_save=lambda s: states.append({k: v.clone() for k, v in s["model"].items()})
     )
-    before, after = states[recipe.steps - 1], states[-1]
+    before, after = states[recipe.steps], states[-1]  # its first step has placed the codes anew
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert "vq.decoder.conv_out.weight" in moved
     assert all(name.startswith(("vq.decoder.", "vq.post_quant_conv.")) for name in moved), moved
@@ -333,14 +333,14 @@ def test_white_windows_have_neither_form_nor_colour():
     assert wanted.item() == got.item() > 0
 
 
-def test_recoloured_training_separates_form_from_colour():
-    """A few seconds of training: forms move less with the colour, and colours less with the form, than at first."""
+def test_training_lowers_the_price_of_recolouring():
+    """In 16 steps of a tiny model; the demo's reaches 0.01."""
     recipe = dataclasses.replace(
-        RECIPE, window=[16, 8], crop=48, recolor=0.5, batch=8, full_batch=2, steps=30, autoencoder_steps=20
+        RECIPE, window=[16, 8], crop=48, recolor=3.0, batch=8, full_batch=2, steps=16, autoencoder_steps=15
     )
     figures: list[dict[str, float]] = []
     train_tokenizer(recipe, on_step=lambda _, f: figures.append(f))
-    assert figures[0]["recolored"] > 0.8 and figures[-1]["recolored"] < 0.3
+    assert figures[-1]["recolored"] < 0.8 * figures[0]["recolored"]
 
 
 @pytest.mark.parametrize(
