@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cases import SMALL_TOKENIZER
 
 from synergen_ext.processing.image_tokenizer import ImageTokenizer, to_pixels
 from synergen_ext.scenes import CANVAS, tokenizer_scene
@@ -16,23 +17,14 @@ from synergen_ext.training.tokenizer import (
     TokenizerRecipe,
     batch_pictures,
     build,
-    form_and_color,
+    exchange_forms,
+    form_and_color_loss,
     reconstruction_loss,
     train_tokenizer,
 )
 
 RECIPE = TokenizerRecipe(
-    model=dict(
-        codebook_size=32,
-        embed_dim=4,
-        latent_channels=4,
-        base_channels=32,
-        channel_multiplier=[1, 1, 1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        hidden_size=32,
-        temporal_downsample_factor=1,
-    ),
+    model=SMALL_TOKENIZER,
     steps=40,
     batch=4,
     crop=40,
@@ -305,12 +297,12 @@ def test_form_and_color_by_hand():
     form = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 1, 1, 2).repeat(2, 1, 1, 1)
     tone = torch.where(colors == 0, -1.0, 1.0)[:, None]
     latents = latents_of(form, tone)
-    exchanged, loss = form_and_color(latents, pictures, (16, 8))
+    exchanged, loss = exchange_forms(latents), form_and_color_loss(latents, pictures, (16, 8))
     assert torch.equal(exchanged, latents)  # equal forms: nothing to exchange
     assert loss.item() == pytest.approx(0, abs=1e-5)
 
     other = latents_of(form + torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1, 1), tone)
-    exchanged, loss = form_and_color(other, pictures, (16, 8))
+    exchanged, loss = exchange_forms(other), form_and_color_loss(other, pictures, (16, 8))
     assert torch.equal(exchanged[:, :, 1], other[:, :, 1])  # colours stay
     assert torch.equal(exchanged[:2, :, 0], other[2:, :, 0]) and torch.equal(exchanged[2:, :, 0], other[:2, :, 0])
     forms = torch.tensor([1.0, 2, 3, 4, 2, 3, 4, 5])
@@ -318,7 +310,7 @@ def test_form_and_color_by_hand():
 
     uneven = tone.clone()
     uneven[0, 0, 0, 0] = -3  # colour 0: -3, -1, -1, -1; its mean is -1.5
-    _, loss = form_and_color(latents_of(form, uneven), pictures, (16, 8))
+    loss = form_and_color_loss(latents_of(form, uneven), pictures, (16, 8))
     spread = (1.5**2 + 3 * 0.5**2) / 8
     assert loss.item() == pytest.approx(spread / uneven.var().item(), rel=1e-4)
 
@@ -329,7 +321,7 @@ def test_white_windows_have_neither_form_nor_colour():
     latents = torch.randn(2, 3, 2, 2)
     far = latents.clone()
     far[..., 1] += 50
-    wanted, got = (form_and_color(z, pictures, (16, 8))[1] for z in (latents, far))
+    wanted, got = (form_and_color_loss(z, pictures, (16, 8)) for z in (latents, far))
     assert wanted.item() == got.item() > 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cases import random_image_tokenizer, random_model
+from cases import SMALL_TOKENIZER, random_image_tokenizer, random_model
 
 from synergen_ext.generation.pipeline import Pipeline
 from synergen_ext.model import SynerGenConfig, SynerGenVL
@@ -39,17 +39,7 @@ RECIPE = dict(
     name="small",
     model=dict(preset="tiny", image_grid=list(GRID)),
     tokenizer=dict(
-        model=dict(
-            codebook_size=CODES,
-            embed_dim=4,
-            latent_channels=4,
-            base_channels=32,
-            channel_multiplier=[1, 1, 1, 1],
-            num_res_blocks=1,
-            attn_resolutions=[],
-            hidden_size=32,
-            temporal_downsample_factor=1,
-        ),
+        model={**SMALL_TOKENIZER, "codebook_size": CODES},
         steps=3,
         batch=1,
         crop=40,

@@ -99,7 +99,8 @@ def plan(recipe: Recipe) -> str:
         f"{recipe.name}: {model.num_parameters():,} parameters, {model.num_parameters(active=True):,} active a token",
         f"pictures {config.image_grid[0]} x {config.image_grid[1]} tokens, fold {config.fold[0]} x {config.fold[1]}, "
         f"{config.image_tokens} folded tokens each; {recipe.data.scenes:,} tokenised scenes",
-        f"image tokenizer: {recipe.tokenizer.steps:,} steps of {recipe.tokenizer.batch} crops",
+        f"image tokenizer: {recipe.tokenizer.steps:,} steps of {recipe.tokenizer.batch} crops, "
+        f"{recipe.tokenizer.decoder_steps:,} of its decoder alone",
     ]
     for s in recipe.stages:
         lines.append(
@@ -158,7 +159,8 @@ class _Run:
             state_file = self.out / "image_tokenizer_state.safetensors"
             state = _nest(*load_state(state_file)) if state_file.is_file() else None
             recipe = self.recipe.tokenizer
-            with self.reporter.task("image tokenizer", recipe.steps, int(state["step"]) if state else 0):
+            total = recipe.steps + recipe.decoder_steps
+            with self.reporter.task("image tokenizer", total, int(state["step"]) if state else 0):
                 trained = train_tokenizer(
                     recipe, state, self.reporter.tokenizer_step, self.recipe.save_every,
                     lambda s: save_state(state_file, *_flatten(s)),

@@ -51,7 +51,7 @@ class TokenizerRecipe:
     ema: float = 0.98
     restart_after: int = 60  # steps without use before a code restarts
     decoder_steps: int = 0  # after `steps`: the decoder alone on whole scenes; the ids are settled
-    recolor: float = 0.0  # weight of keeping form and colour in different tokens of a window (`form_and_color`)
+    recolor: float = 0.0  # weight of keeping form and colour in different tokens of a window (`form_and_color_loss`)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -212,20 +212,27 @@ def batch_pictures(recipe: TokenizerRecipe, step: int) -> Pictures:
     return Pictures(to_pixels(np.stack(pictures[0] + pictures[1])), torch.from_numpy(np.stack(colors[0] + colors[1])))
 
 
-def form_and_color(latents: Tensor, pictures: Pictures, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def exchange_forms(latents: Tensor) -> Tensor:
+    """Latents ``[2 B, c, H/8, W/8]`` of recoloured pairs with the upper tokens of each pair's windows exchanged.
+
+    The decoder must restore the pictures from these, so colour can stand in the lower tokens only.
+    """
+    upper, lower = latents[:, :, 0::2], latents[:, :, 1::2]  # [2 B, c, R, C]
+    return torch.stack((upper.roll(len(latents) // 2, 0), lower), dim=3).reshape(latents.shape)
+
+
+def form_and_color_loss(latents: Tensor, pictures: Pictures, window: tuple[int, int]) -> Tensor:
     """Keeps the form of a window in its upper token and the colour in its lower one.
 
     Args:
         latents: ``[2 B, c, H/8, W/8]`` of recoloured pairs, in windows two tokens high and one wide.
 
     Returns:
-        The latents with the upper tokens of each pair exchanged, from which the decoder must restore the pictures;
-        and the loss: how far upper tokens differ within a pair, and lower tokens within a colour, each as a share of
+        Scalar: how far upper tokens differ within a pair, and lower tokens within a colour, each as a share of
         their variance.
     """
     upper, lower = latents[:, :, 0::2], latents[:, :, 1::2]  # [2 B, c, R, C]
     half = len(latents) // 2
-    exchanged = torch.stack((upper.roll(half, 0), lower), dim=3).reshape(latents.shape)
     inked = F.max_pool2d((pictures.pixels < 1).any(1, keepdim=True).float(), window)[:, 0] > 0
     inked &= pictures.colors >= 0
     a, b = (part.permute(0, 2, 3, 1)[inked[:half]] for part in upper.chunk(2))
@@ -235,7 +242,7 @@ def form_and_color(latents: Tensor, pictures: Pictures, window: tuple[int, int])
     chosen = F.one_hot(colors, len(COLORS)).to(tones.dtype)  # [N, 8]
     means = chosen.T @ tones / chosen.sum(0)[:, None].clamp_min(1)
     color = (tones - means[colors]).square().sum(1).mean() / (tones.var(0).sum() + 1e-6)
-    return exchanged, form + color
+    return form + color
 
 
 def reconstruction_loss(out: Tensor, target: Tensor, edge_weight: float) -> Tensor:
@@ -335,7 +342,7 @@ def _step(
     commitment = recolored = z.new_zeros(())
     paired = recipe.recolor > 0 and not settled
     if paired:
-        _, recolored = form_and_color(z, pictures, recipe.grid)
+        recolored = form_and_color_loss(z, pictures, recipe.grid)
     if step >= recipe.autoencoder_steps and not settled:
         flat = z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         ids = torch.cdist(flat, codebook.weight).argmin(1)
@@ -345,7 +352,7 @@ def _step(
         restarted = codebook.update(flat, ids, recipe.restart_after, generator)
         used = float((codebook.idle < recipe.restart_after).float().mean())
     if paired:
-        z, _ = form_and_color(z, pictures, recipe.grid)
+        z = exchange_forms(z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model.pixels(z)
     out = out.float()
