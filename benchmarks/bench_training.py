@@ -34,14 +34,16 @@ def attention(rows: int, length: int) -> tuple[Function, Function, list[Tensor]]
 
 
 def group_norm(pictures: int, channels: int, side: int) -> tuple[Function, Function, list[Tensor]]:
-    x = torch.randn(pictures, channels, side, side, dtype=torch.bfloat16, requires_grad=True)
+    # Channels last, where bfloat16 is slow; a contiguous input is faster without the cast.
+    x = torch.randn(pictures, channels, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x.requires_grad_()
     weight, bias = (torch.randn(channels, requires_grad=True) for _ in range(2))
 
     def wide(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.group_norm(x.float(), 32, weight, bias, 1e-6).bfloat16()
 
     def narrow(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.group_norm(x, 32, weight.bfloat16(), bias.bfloat16(), 1e-6)
+        return F.group_norm(x, 32, weight, bias, 1e-6)  # as under autocast: the weights stay float32
 
     return wide, narrow, [x, weight, bias]
 
@@ -50,7 +52,7 @@ CASES = {
     "attention head 576 x 8": lambda: attention(576, 8),
     "attention backbone 32 x 56": lambda: attention(32, 56),
     "attention backbone 16 x 96": lambda: attention(16, 96),
-    "group norm 32 x 32 x 48 x 48": lambda: group_norm(32, 32, 48),
+    "group norm 32 x 32 x 48 x 48 channels last": lambda: group_norm(32, 32, 48),
 }
 
 
