@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format bench abi-check clean
+.PHONY: help build demo test lint format bench abi-check cuda-proof clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,12 @@ bench: $(VENV)/.dev ## the demo's figures against their bars
 
 abi-check: $(VENV)/.dev ## a wheel built with the oldest torch, tested under the newest (some gigabytes)
 	tools/abi_check.sh
+
+cuda-proof: $(VENV)/.dev ## the CUDA kernels without a GPU: emulated, raced, sanitized, every planted mistake found, no spills
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark python_tests/test_simt.py python_tests/test_cuda_emulated.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/cuda_mutants.py
+	@if command -v nvcc >/dev/null; then $(BIN)/python tools/cuda_compiled.py; \
+	else echo "cuda-proof: no nvcc on PATH, registers and spills not looked at"; fi
 
 clean: ## remove what was built here; the environment stays, with its packages
 	rm -rf build dist *.egg-info synergen_ext/_C*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -2,14 +2,13 @@
 // arrays, build facts.
 #include <pybind11/stl.h>
 
-#include "bind/array_op.h"
+#include "bind/array_ops.h"
 #include "bind/torch_op.h"
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
 
 using namespace synergen;
 namespace py = pybind11;
-using py::arg;
 
 #ifdef SYNERGEN_WITH_CUDA
 constexpr bool kWithCuda = true;
@@ -61,36 +60,22 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
 
 // Ops without a CUDA kernel run their reference on CUDA tensors: synergen_ext/ops/_backend.py
 // registers it.
+#ifdef SYNERGEN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
+  m.impl("rms_norm", SYNERGEN_TORCH_OP(rms_norm));
+  m.impl("rms_norm_backward", SYNERGEN_TORCH_OP(rms_norm_backward));
+  m.impl("rope", SYNERGEN_TORCH_OP(rope));
   m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
+  m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
   m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
   m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
+  m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
+#endif
 
 PYBIND11_MODULE(_C, m) {
   py::module_ kernels = m.def_submodule("kernels");
-  SYNERGEN_ARRAY_OP(kernels, rms_norm, arg("x"), arg("weight"), arg("eps") = 1e-5);
-  SYNERGEN_ARRAY_OP(kernels, rms_norm_backward, arg("dy"), arg("x"), arg("weight"),
-                    arg("eps") = 1e-5);
-  SYNERGEN_ARRAY_OP(kernels, rope, arg("q"), arg("k"), arg("positions"), arg("theta") = 1e6,
-                    arg("inverse") = false);
-  SYNERGEN_ARRAY_OP(kernels, fold_tokens, arg("ids"), arg("table"), arg("pos"), arg("m"), arg("n"));
-  SYNERGEN_ARRAY_OP(kernels, fold_tokens_backward, arg("dy"), arg("ids"), arg("vocab"), arg("m"),
-                    arg("n"));
-  SYNERGEN_ARRAY_OP(kernels, fold_ids, arg("ids"), arg("m"), arg("n"));
-  SYNERGEN_ARRAY_OP(kernels, unfold_ids, arg("ids"), arg("h"), arg("w"), arg("m"), arg("n"));
-  SYNERGEN_ARRAY_OP(kernels, expert_ffn, arg("x"), arg("gate"), arg("up"), arg("down"),
-                    arg("expert_index"), arg("expert_weight") = py::none());
-  SYNERGEN_ARRAY_OP(kernels, expert_ffn_train, arg("x"), arg("gate"), arg("up"), arg("down"),
-                    arg("expert_index"), arg("expert_weight") = py::none());
-  SYNERGEN_ARRAY_OP(kernels, expert_ffn_backward, arg("dy"), arg("x"), arg("gate"), arg("up"),
-                    arg("down"), arg("expert_index"), arg("expert_weight") = py::none(),
-                    arg("gate_pre") = py::none(), arg("up_pre") = py::none(), arg("need_x") = true,
-                    arg("need_experts") = true, arg("need_weight") = true);
-  SYNERGEN_ARRAY_OP(kernels, sample_tokens, arg("logits"), arg("seed"), arg("position"),
-                    arg("uncond_logits") = py::none(), arg("guidance") = py::none(),
-                    arg("temperature") = py::none(), arg("top_k") = py::none(),
-                    arg("top_p") = py::none());
+  bind::define_array_ops(kernels);
 
   m.def("build_info", [] {
     py::dict info;

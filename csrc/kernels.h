@@ -29,6 +29,7 @@ struct RmsNormBackwardParams : RmsNormParams {
   int64_t dy_stride;
   void* dx;       // [rows, dim], contiguous
   void* dweight;  // [dim], contiguous, weight_dtype
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
 // Rotates the halves of each head by position * theta^(-2 i / dim), i < dim / 2: element i goes
@@ -66,8 +67,9 @@ struct FoldTokensParams {
 struct FoldTokensBackwardParams : FoldTokensParams {
   const void* dy;  // [batch, (h / m) * (w / n), m * n * dim]
   int64_t dy_strides[3];
-  void* dtable;  // [vocab, dim], contiguous
-  void* dpos;    // [h, w, dim], contiguous
+  void* dtable;   // [vocab, dim], contiguous
+  void* dpos;     // [h, w, dim], contiguous
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
 // The same re-ordering for the ids alone, between the raster [batch, h, w] and windows [batch,
@@ -127,7 +129,8 @@ struct SampleTokensParams {
   PerRow<int64_t> seed, position, top_k;        // top_k 0: off
   PerRow<double> guidance, temperature, top_p;  // temperature 0: argmax
   int64_t* ids;                                 // [rows]
-  bool* valid;  // [rows]; false where the logits hold NaN, +infinity, or nothing finite
+  bool* valid;    // [rows]; false where the logits hold NaN, +infinity, or nothing finite
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
 #define SYNERGEN_CPU_KERNELS(X)                     \
@@ -141,9 +144,14 @@ struct SampleTokensParams {
   X(expert_ffn_backward, ExpertFfnBackwardParams)   \
   X(sample_tokens, SampleTokensParams)
 
-#define SYNERGEN_CUDA_KERNELS(X)   \
-  X(fold_tokens, FoldTokensParams) \
-  X(fold_ids, FoldIdsParams)
+#define SYNERGEN_CUDA_KERNELS(X)                    \
+  X(rms_norm, RmsNormParams)                        \
+  X(rms_norm_backward, RmsNormBackwardParams)       \
+  X(rope, RopeParams)                               \
+  X(fold_tokens, FoldTokensParams)                  \
+  X(fold_tokens_backward, FoldTokensBackwardParams) \
+  X(fold_ids, FoldIdsParams)                        \
+  X(sample_tokens, SampleTokensParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
 // hold the same sources.
@@ -167,6 +175,10 @@ namespace cuda {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p, void* stream);
 SYNERGEN_CUDA_KERNELS(SYNERGEN_DECLARE)
 #undef SYNERGEN_DECLARE
+// Device memory that a kernel wants for itself while it runs, in params.scratch.
+int64_t scratch_bytes(const RmsNormBackwardParams& p);
+int64_t scratch_bytes(const FoldTokensBackwardParams& p);
+int64_t scratch_bytes(const SampleTokensParams& p);
 }  // namespace cuda
 
 }  // namespace synergen

@@ -7,6 +7,12 @@
 namespace synergen::bind {
 namespace {
 
+#ifdef SYNERGEN_SIMT
+constexpr bool kEmulated = true;  // every array plays one on a GPU (csrc/simt/)
+#else
+constexpr bool kEmulated = false;
+#endif
+
 // Frees the Python side under the GIL, wherever the last view dies.
 template <class T, class F>
 std::shared_ptr<void> own(T* object, F release) {
@@ -171,6 +177,7 @@ Tensor view_of(const char* op, const char* name, const py::object& array, int64_
     refuse(op, ": ", name, " must be an array with the buffer protocol or __dlpack__, got ",
            std::string(py::str(py::type::of(array).attr("__name__"))));
   }
+  if (kEmulated) view.device = {true, 0};
   if (view.dim() > kMaxDims)
     refuse(op, ": ", name, " may have at most ", kMaxDims, " dimensions, got ", view.dim());
   return view;
@@ -208,7 +215,7 @@ Tensor ArrayCall::empty(const char* name, const Sizes& sizes, DType dtype) {
     made_.push_back(array);
     return view;
   }
-  if (device.cuda)
+  if (device.cuda && !kEmulated)
     refuse(op_, ": arrays on a CUDA device need out=, the array to write ", name, " to");
   if (dtype == DType::kBFloat16) {
     refuse(op_, ": NumPy has no bfloat16; pass out=, a bfloat16 array with __dlpack__ to write ",
@@ -218,8 +225,23 @@ Tensor ArrayCall::empty(const char* name, const Sizes& sizes, DType dtype) {
   for (size_t d = 0; d < sizes.size(); ++d) shape[d] = py::int_(sizes[d]);
   py::object array = py::module_::import("numpy").attr("empty")(shape, name_of(dtype));
   made_.push_back(array);
-  return view_of_buffer(op_, name, array, true);
+  return view_of(op_, name, array, 0, true);
 }
+
+#ifdef SYNERGEN_WITH_CUDA
+void* ArrayCall::scratch(int64_t bytes) {
+  scratch_.push_back(cuda::allocate(op_, bytes, stream));
+  return scratch_.back();
+}
+
+ArrayCall::~ArrayCall() {
+  for (void* memory : scratch_) cuda::release(memory, stream);
+}
+#else
+void* ArrayCall::scratch(int64_t) { refuse(op_, ": this build has no CUDA kernels"); }
+
+ArrayCall::~ArrayCall() = default;
+#endif
 
 py::object ArrayCall::result() const {
   if (made_.size() == 1) return made_[0];

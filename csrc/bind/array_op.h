@@ -21,13 +21,16 @@ Tensor view_of(const char* op, const char* name, const py::object& array, int64_
 class ArrayCall : public Call {
  public:
   ArrayCall(const char* op, const Tensor& first, py::object out, int64_t stream);
+  ~ArrayCall() override;
   Tensor empty(const char* name, const Sizes& sizes, DType dtype) override;
+  void* scratch(int64_t bytes) override;
   py::object result() const;  // what the caller gets: one array or a tuple
 
  private:
   const char* op_;
   std::vector<py::object> given_;
   std::vector<py::object> made_;
+  std::vector<void*> scratch_;
 #ifdef SYNERGEN_WITH_CUDA
   std::optional<cuda::DeviceScope> scope_;
 #endif

@@ -90,10 +90,17 @@ class TorchCall : public Call {
     const torch::headeronly::IntHeaderOnlyArrayRef ref(sizes.data(), sizes.size());
     return view_of(torch::stable::new_empty(like_, ref, dtype_to(dtype)));
   }
+  // torch hands freed memory out again on the same stream only, so it may go when the call ends.
+  void* scratch(int64_t bytes) override {
+    const torch::headeronly::IntHeaderOnlyArrayRef ref(&bytes, 1);
+    scratch_.push_back(torch::stable::new_empty(like_, ref, ScalarType::Byte));
+    return scratch_.back().data_ptr();
+  }
 
  private:
   const TorchTensor& like_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  std::vector<TorchTensor> scratch_;
 };
 
 // Argument and result types as torch sees them.

@@ -49,6 +49,8 @@ class Call {
  public:
   virtual ~Call() = default;
   virtual Tensor empty(const char* name, const Sizes& sizes, DType dtype) = 0;
+  // Device memory that lives as long as the work queued on the stream until now needs it.
+  virtual void* scratch(int64_t bytes) = 0;
   Device device;
   void* stream = nullptr;
 };

@@ -10,6 +10,17 @@ DeviceScope::DeviceScope(const char* op, int index) {
 
 DeviceScope::~DeviceScope() { cudaSetDevice(before_); }
 
+void* allocate(const char* op, int64_t bytes, void* stream) {
+  void* memory = nullptr;
+  const auto size = static_cast<size_t>(bytes > 0 ? bytes : 1);
+  check(cudaMallocAsync(&memory, size, static_cast<cudaStream_t>(stream)), op);
+  return memory;
+}
+
+void release(void* memory, void* stream) {
+  cudaFreeAsync(memory, static_cast<cudaStream_t>(stream));
+}
+
 std::vector<std::string> device_names() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {

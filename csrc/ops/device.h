@@ -16,13 +16,18 @@ inline void check_cpu_only(const char* op, const Call& call) {
 }
 
 #ifdef SYNERGEN_WITH_CUDA
-#define SYNERGEN_LAUNCH(kernel, p, call) \
-  do {                                   \
-    if ((call).device.cuda) {            \
-      cuda::kernel(p, (call).stream);    \
-    } else {                             \
-      cpu::kernel(p);                    \
-    }                                    \
+template <class P>
+void launch_on_cuda(void (*kernel)(const P&, void*), P& p, Call& call) {
+  if constexpr (requires { p.scratch; }) p.scratch = call.scratch(cuda::scratch_bytes(p));
+  kernel(p, call.stream);
+}
+#define SYNERGEN_LAUNCH(kernel, p, call)         \
+  do {                                           \
+    if ((call).device.cuda) {                    \
+      launch_on_cuda(cuda::kernel, (p), (call)); \
+    } else {                                     \
+      cpu::kernel(p);                            \
+    }                                            \
   } while (false)
 #else
 #define SYNERGEN_LAUNCH(kernel, p, call)                                                          \

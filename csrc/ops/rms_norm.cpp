@@ -13,7 +13,6 @@ RmsNormParams checked(const char* op, Call& call, const Tensor& x, const Tensor&
   check_same_device(op, "x", x, call);
   check_same_device(op, "weight", weight, call);
   if (!(eps >= 0)) refuse(op, ": eps must be >= 0, got ", eps);
-  check_cpu_only(op, call);
 
   RmsNormParams p{};
   p.dtype = x.dtype;
@@ -37,7 +36,7 @@ Tensor rms_norm(Call& call, const Tensor& x, const Tensor& weight, double eps) {
   Tensor y = call.empty("y", x.sizes, x.dtype);
   if (y.numel() == 0) return y;
   p.y = y.data;
-  cpu::rms_norm(p);
+  SYNERGEN_LAUNCH(rms_norm, p, call);
   return y;
 }
 
@@ -57,7 +56,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Call& call, const Tensor& dy, const
   p.dy_stride = dy.stride(-1);
   p.dx = dx.data;
   p.dweight = dweight.data;
-  cpu::rms_norm_backward(p);
+  SYNERGEN_LAUNCH(rms_norm_backward, p, call);
   return {dx, dweight};
 }
 

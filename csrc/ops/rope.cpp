@@ -42,7 +42,6 @@ std::tuple<Tensor, Tensor> rope(Call& call, const Tensor& q, const Tensor& k,
   if (q.size(-1) % 2) refuse("rope: Dh must be even, got ", q.size(-1));
   if (!(theta > 0)) refuse("rope: theta must be > 0, got ", theta);
   const Tensor wide = broadcast_positions(positions, Sizes(q.sizes.begin(), q.sizes.end() - 2));
-  check_cpu_only("rope", call);
 
   Tensor q_out = call.empty("q", q.sizes, q.dtype);
   Tensor k_out = call.empty("k", k.sizes, k.dtype);
@@ -58,7 +57,7 @@ std::tuple<Tensor, Tensor> rope(Call& call, const Tensor& q, const Tensor& k,
   p.position_rows = leading_rows(wide, 0);
   p.parts[0] = part_of(q, q_out);
   p.parts[1] = part_of(k, k_out);
-  cpu::rope(p);
+  SYNERGEN_LAUNCH(rope, p, call);
   return {q_out, k_out};
 }
 

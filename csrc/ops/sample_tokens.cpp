@@ -67,14 +67,13 @@ std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const
                              [](int64_t x) { return x >= 0; });
   p.top_p = per_row<double>("top_p", top_p, p.rows, DType::kFloat64, call, "in [0, 1]",
                             [](double x) { return x >= 0 && x <= 1; });
-  check_cpu_only(op, call);
 
   Tensor ids = call.empty("ids", {p.rows}, DType::kInt64);
   Tensor valid = call.empty("valid", {p.rows}, DType::kBool);
   if (p.rows == 0) return {ids, valid};
   p.ids = ids.ptr<int64_t>();
   p.valid = valid.ptr<bool>();
-  cpu::sample_tokens(p);
+  SYNERGEN_LAUNCH(sample_tokens, p, call);
   return {ids, valid};
 }
 

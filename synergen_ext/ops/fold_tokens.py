@@ -87,4 +87,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
 
 torch.library.register_autograd("synergen::fold_tokens", _backward, setup_context=_setup)
 no_second_derivative("fold_tokens")
-reference_on_cuda("fold_tokens_backward", reference.fold_tokens_backward)
+for _op in ("fold_tokens", "fold_tokens_backward", "fold_ids", "unfold_ids"):
+    reference_on_cuda(_op, getattr(reference, _op))

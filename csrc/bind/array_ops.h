@@ -1,0 +1,34 @@
+// Every op as a plain function over arrays, with its arguments' names and defaults.
+#pragma once
+
+#include "bind/array_op.h"
+
+namespace synergen::bind {
+
+inline void define_array_ops(py::module_& kernels) {
+  using py::arg;
+  SYNERGEN_ARRAY_OP(kernels, rms_norm, arg("x"), arg("weight"), arg("eps") = 1e-5);
+  SYNERGEN_ARRAY_OP(kernels, rms_norm_backward, arg("dy"), arg("x"), arg("weight"),
+                    arg("eps") = 1e-5);
+  SYNERGEN_ARRAY_OP(kernels, rope, arg("q"), arg("k"), arg("positions"), arg("theta") = 1e6,
+                    arg("inverse") = false);
+  SYNERGEN_ARRAY_OP(kernels, fold_tokens, arg("ids"), arg("table"), arg("pos"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, fold_tokens_backward, arg("dy"), arg("ids"), arg("vocab"), arg("m"),
+                    arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, fold_ids, arg("ids"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, unfold_ids, arg("ids"), arg("h"), arg("w"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, expert_ffn, arg("x"), arg("gate"), arg("up"), arg("down"),
+                    arg("expert_index"), arg("expert_weight") = py::none());
+  SYNERGEN_ARRAY_OP(kernels, expert_ffn_train, arg("x"), arg("gate"), arg("up"), arg("down"),
+                    arg("expert_index"), arg("expert_weight") = py::none());
+  SYNERGEN_ARRAY_OP(kernels, expert_ffn_backward, arg("dy"), arg("x"), arg("gate"), arg("up"),
+                    arg("down"), arg("expert_index"), arg("expert_weight") = py::none(),
+                    arg("gate_pre") = py::none(), arg("up_pre") = py::none(), arg("need_x") = true,
+                    arg("need_experts") = true, arg("need_weight") = true);
+  SYNERGEN_ARRAY_OP(kernels, sample_tokens, arg("logits"), arg("seed"), arg("position"),
+                    arg("uncond_logits") = py::none(), arg("guidance") = py::none(),
+                    arg("temperature") = py::none(), arg("top_k") = py::none(),
+                    arg("top_p") = py::none());
+}
+
+}  // namespace synergen::bind
