@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             'synergen generate "a blue dog"',
-            'synergen generate "two red apples left of a blue car" -o apples.png --seed 7 --guidance 3',
+            'synergen generate "two red apples left of a blue car" -o apples.png --seed 7',
             'synergen generate "three yellow ducks" -o ducks.png --count 4   [dim]# ducks-0.png ... ducks-3.png[/dim]',
             'synergen generate "a red cat" -o cat.png --scale 1   [dim]# the model\'s own pixels[/dim]',
         )
