@@ -35,6 +35,36 @@ def check(emulated, op, *args, slow=None):
     return ours
 
 
+def padded(x):
+    """The values of x in rows one element longer: each begins at another place within 16 bytes."""
+    return x.new_zeros(*x.shape[:-1], x.shape[-1] + 1)[..., :-1].copy_(x)
+
+
+def spaced(x):
+    """The values of x, each eighth of a row, so that every row and every stride fits 16 bytes."""
+    return x.new_zeros(*x.shape[:-1], x.shape[-1] * 8)[..., ::8].copy_(x)
+
+
+def shifted(x):
+    """The values of x, whole rows, beginning one element after 16 bytes."""
+    return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+def unpacked_calls(dtype, lay):
+    """Rows that hold whole accesses of 16 bytes, which may still not be used."""
+    x, weight, eps = rms_norm_args(3, 16, dtype=dtype)
+    q, k, positions = rope_args(3, dim=32, dtype=dtype)
+    ids, table, pos, m, n = fold_args(1, 4, 4, 16, dtype=dtype)
+    dy = fold_backward_args(1, 4, 4, 16, dtype=dtype)[0]
+    return {
+        "rms_norm": (lay(x), weight, eps),
+        "rms_norm_backward": (lay(x), lay(x), weight, eps),
+        "rope": (lay(q), lay(k), positions, 1e4, False),
+        "fold_tokens": (ids, lay(table), lay(pos), m, n),
+        "fold_tokens_backward": (lay(dy), ids, 11, m, n),
+    }
+
+
 def rms_norm_args(*shape, dtype, weight_dtype=None, layout="contiguous"):
     weight = 1 + 0.3 * normal(shape[-1], dtype=weight_dtype or dtype, seed=1)
     return (*(laid_out(t, layout) for t in (normal(*shape, dtype=dtype), weight)), 1e-5)
@@ -58,6 +88,13 @@ def fold_backward_args(batch, h, w, dim, m=2, n=2, vocab=11, dtype=torch.float32
     ids = fold_args(batch, h, w, 1, m, n, vocab, skew=skew, layout=layout)[0]
     dy = normal(batch, (h // m) * (w // n), m * n * dim, dtype=dtype, seed=5)
     return laid_out(dy, layout), ids, vocab, m, n
+
+
+@pytest.mark.parametrize("lay", [padded, spaced, shifted])
+@pytest.mark.parametrize("op", unpacked_calls(torch.float32, padded))
+def test_rows_that_cannot_be_read_in_packs(emulated, op, lay, dtype):
+    slow = (lambda *a: reference.rope(*a[:4], inverse=a[4])) if op == "rope" else None
+    check(emulated, op, *unpacked_calls(dtype, lay)[op], slow=slow)
 
 
 # ---- rms_norm
@@ -162,7 +199,7 @@ def test_fold_tokens_layouts(emulated, layout, dtype):
 @pytest.mark.parametrize("batch", [1, 7, 40])
 def test_fold_tokens_backward_sums_by_id(emulated, batch, vocab):
     """Tokens of one piece and of several, of one tile and of several, one sorting pass and two."""
-    args = fold_backward_args(batch, 8, 8, 4, vocab=vocab, dtype=torch.float64, skew=vocab > 5)
+    args = fold_backward_args(batch, 8, 8, 32, vocab=vocab, dtype=torch.float64, skew=vocab > 5)
     dtable, _ = check(emulated, "fold_tokens_backward", *args)
     unused = torch.ones(vocab, dtype=torch.bool).index_fill(0, args[1].flatten(), False)
     assert torch.equal(dtable[unused], torch.zeros_like(dtable[unused]))
@@ -183,7 +220,7 @@ def test_fold_tokens_empty(emulated):
         check(emulated, "fold_tokens_backward", *args)
 
 
-def test_an_id_outside_the_table_shows(emulated):
+def test_fold_tokens_marks_ids_outside_the_table(emulated):
     ids, table, pos, m, n = fold_args(1, 2, 2, 8)
     ids = torch.tensor([[[3, -1], [11, 4]]])
     y = emulated.fold_tokens(ids, table, pos, m, n).view(4, 8)
@@ -242,6 +279,12 @@ def test_sample_tokens_with_ties(emulated, seed, dtype):
     assert check_same_ids(emulated, *args)[0].tolist() == args[0].argmax(1).tolist()
 
 
+def test_sample_tokens_minus_zero_is_zero(emulated, dtype):
+    logits = torch.tensor([[-0.0, 0.0, 1.0]], dtype=dtype).expand(64, -1)
+    args = (logits, torch.arange(64), torch.tensor(0), None, None, None, torch.tensor(2), None)
+    assert set(check_same_ids(emulated, *args)[0].tolist()) == {0, 2}
+
+
 def test_sample_tokens_argmax_takes_the_first_of_equals(emulated):
     logits = torch.zeros(2, 3000)
     logits[0, [900, 1924, 2948]] = logits[1, [2999, 1975, 951]] = 4.0  # 1,024 apart: one thread sees all three
@@ -285,6 +328,9 @@ def test_sample_tokens_rows_without_an_answer(emulated):
     seeds, position = torch.arange(5), torch.tensor(3)
     ids, valid = check_same_ids(emulated, logits, seeds, position, None, None, None, None, None)
     assert valid.tolist() == [False, False, False, True, True] and ids[:4].tolist() == [0, 0, 0, 1]
+    half = torch.tensor(0.5).double()
+    _, valid = check_same_ids(emulated, logits, seeds, position, None, None, None, None, half)
+    assert valid.tolist() == [False, False, False, True, True]
     uncond = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, nan], [-inf, -inf, 5]])
     _, valid = check_same_ids(emulated, logits, seeds, position, uncond, *[None] * 4)
     assert valid.tolist() == [False, False, False, False, True]
@@ -302,7 +348,7 @@ def test_sample_tokens_refuses_rows_whose_options_cannot_be_meant(emulated):
 
 SMALL = {
     "rms_norm": lambda: rms_norm_args(5, 264, dtype=torch.bfloat16),
-    "rms_norm_backward": lambda: (normal(5, 72, seed=2), *rms_norm_args(5, 72, dtype=torch.float32)),
+    "rms_norm_backward": lambda: (normal(5, 270, seed=2), *rms_norm_args(5, 270, dtype=torch.float32)),
     "rope": lambda: (*rope_args(3, heads=5, dim=16, dtype=torch.float16), 1e4, False),
     "fold_tokens": lambda: fold_args(2, 4, 4, 40, dtype=torch.bfloat16),
     "fold_tokens_backward": lambda: fold_backward_args(20, 8, 8, 8, vocab=300, skew=True),
@@ -373,10 +419,18 @@ def sanitized_calls():
             sanitized.rms_norm(*rms_norm_args(3, dim, dtype=dtype))
             sanitized.rms_norm_backward(normal(3, dim, dtype=dtype), *rms_norm_args(3, dim, dtype=dtype))
             sanitized.rope(*rope_args(3, dim=2 * dim, dtype=dtype), 1e4, False)
-            sanitized.fold_tokens(*fold_args(1, 2, 6, dim, n=3, dtype=dtype))
-            sanitized.fold_tokens_backward(*fold_backward_args(1, 2, 6, dim, n=3, dtype=dtype))
+            sanitized.fold_tokens(*fold_args(1, 2, 3, dim, n=3, dtype=dtype))  # 6 tokens: not whole blocks
+            sanitized.fold_tokens_backward(*fold_backward_args(1, 2, 3, dim, n=3, dtype=dtype))
             sanitized.sample_tokens(*sample_args(2, dim, dtype, top_k=7, top_p=0.7))
             calls += 6
+        outside = torch.tensor([[[3, -1], [11, 4]]])
+        sanitized.fold_tokens_backward(normal(1, 1, 4 * dim, dtype=dtype), outside, 11, 2, 2)
+        sanitized.fold_tokens(*fold_args(1, 2, 2, 64 * 16 // dtype.itemsize, dtype=dtype))  # a row of 64 accesses
+        calls += 2
+        for lay in (padded, spaced, shifted):
+            for op, args in unpacked_calls(dtype, lay).items():
+                getattr(sanitized, op)(*args)
+                calls += 1
     print(calls, "calls without a finding")
 
 

@@ -149,8 +149,6 @@ def _mutants() -> list[Mutant]:
     add(file, "    __syncwarp();\n    if (there && rank == 0)", "    if (there && rank == 0)")
     add(file, "    __syncwarp();\n    if (there) {", "    if (there) {")
     add(file, "(1u << lane) - 1", "(2u << lane) - 1")
-    add(file, "const int digit = there ? digit_of(key, p.shift) : kDigit;",
-        "const int digit = digit_of(key, p.shift);")  # fmt: skip
     add(file, "p.other_order[place] = p.order[t];", "p.other_order[place] = static_cast<int32_t>(t);")
     add(file, "if (id > p.vocab) return;", "if (id >= p.vocab) return;")
     add(file, "if (p.keys[middle] < id)", "if (p.keys[middle] <= id)")

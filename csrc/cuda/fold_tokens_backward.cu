@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(32 * kWarps) scatter_kernel(Backward p) {
     const int64_t t = begin + lane;
     const bool there = t < p.tokens;
     const int32_t key = there ? p.keys[t] : 0;
-    const int digit = there ? digit_of(key, p.shift) : kDigit;
+    const int digit =
+        digit_of(key, p.shift);  // lanes past the end come last: nobody ranks after them
     const unsigned same = __match_any_sync(kAll, static_cast<unsigned>(digit));
     const int rank = __popc(same & ((1u << lane) - 1));
     const int32_t place = there ? next[warp][digit] + rank : 0;
