@@ -414,6 +414,8 @@ def sanitized_calls():
         for op, args in SMALL.items():
             getattr(sanitized, op)(*args())
             calls += 1
+        sanitized.fold_tokens_backward(*fold_backward_args(40, 8, 8, 1))  # counts of 3 tiles, next to nothing else
+        calls += 1
     for dtype in DTYPES:
         for dim in (1, 9, 40):
             sanitized.rms_norm(*rms_norm_args(3, dim, dtype=dtype))
