@@ -170,7 +170,8 @@ SYNERGEN_CPU_KERNELS(SYNERGEN_DECLARE)
 #undef SYNERGEN_DECLARE
 }  // namespace cpu
 
-// Each checks the launch and throws std::runtime_error with CUDA's own words.
+// Each checks the launch and throws std::runtime_error with CUDA's own words, or
+// std::invalid_argument for sizes that no launch can have.
 namespace cuda {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p, void* stream);
 SYNERGEN_CUDA_KERNELS(SYNERGEN_DECLARE)

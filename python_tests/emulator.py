@@ -32,6 +32,7 @@ def build(*targets: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (BUILD / "build.ninja").is_file():
             paths = (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}")
+            paths += ("-DCMAKE_CXX_COMPILER=g++",)  # as in the other places that compile for the emulator
             _run("cmake", "-G", "Ninja", "-S", ROOT / "cmake" / "simt", "-B", BUILD, *paths)
         _run("cmake", "--build", BUILD, "--target", *targets)
 

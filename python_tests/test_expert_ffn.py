@@ -351,3 +351,26 @@ def test_backward_errors():
         backward(X, pre, pre.T)
     with pytest.raises(ValueError, match=r"gate_pre must be contiguous, got strides \[1, 3\]"):
         backward(X, pre.T.contiguous().T, pre)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reference_gradient_is_that_of_the_reference(weighted):
+    """Written out, because below autograd, where it stands in for a CUDA kernel, nothing can be differentiated."""
+    t, d, f, e, k = 7, 5, 6, 3, 2
+    x, gate, up, down, weight = (
+        normal(*shape, dtype=torch.float64, seed=i).requires_grad_()
+        for i, shape in enumerate([(t, d), (e, f, d), (e, f, d), (e, d, f), (t, k)])
+    )
+    index = torch.randint(e + 1, (t, k), generator=torch.Generator().manual_seed(5))  # some beyond the experts
+    given = weight if weighted else None
+    leaves = [x, gate, up, down, *([weight] if weighted else [])]
+    dy = normal(t, d, dtype=torch.float64, seed=9)
+    wanted = torch.autograd.grad(reference.expert_ffn(x, gate, up, down, index, given), leaves, dy)
+    with torch._C._AutoDispatchBelowAutograd():
+        ours = reference.expert_ffn_backward(
+            dy, *(a.detach() for a in (x, gate, up, down)), index, None if given is None else given.detach(),
+            None, None, True, True, True,
+        )  # fmt: skip
+    for got, want in zip(ours, wanted, strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert weighted or ours[4].numel() == 0

@@ -576,3 +576,19 @@ L, S = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
 def test_errors(args, options, message):
     with pytest.raises(ValueError, match=message):
         ops.sample_tokens(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ({"guidance": NAN}, "guidance must be finite"),
+        ({"temperature": -1.0}, "temperature must be finite and >= 0"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
+    ],
+)
+def test_wrong_numbers_are_refused_on_every_device(option, wanted):
+    for device in ("cpu", "meta"):
+        logits, seed = torch.zeros(2, 5, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        with pytest.raises(ValueError, match=f"sample_tokens: {wanted}"):
+            ops.sample_tokens(logits, seed, seed, **option)

@@ -275,6 +275,7 @@ def _passes(library: Path, tests: str) -> bool:
         time.sleep(0.02)
     os.kill(child, 9)
     os.waitpid(child, 0)
+    print(f"     killed after {SECONDS} s: -k {tests!r}", flush=True)
     return False
 
 
@@ -287,10 +288,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--third", type=int, choices=(1, 2, 3), help="every third mutant, beginning with this one")
     parser.add_argument("--only", type=int, nargs="+", help="these mutants")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time (all cores)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at a time (all cores)")
     chosen = parser.parse_args()
     mutants = [m for m in MUTANTS if not chosen.only or m.number in chosen.only]
     mutants = mutants[chosen.third - 1 :: 3] if chosen.third else mutants
+    if not emulator.available():
+        print("cuda_mutants: needs g++, cmake and ninja on PATH", file=sys.stderr)
+        return 2
     for kind in FLAGS:
         emulator.build("synergen_simt", f"kernels_{kind}")
     counts: dict[str, int] = {}

@@ -50,8 +50,14 @@ def reference_on_cuda(op: str, function: Callable[..., Any]) -> None:
     """Run `function` for CUDA tensors where this build has no CUDA kernel of the op; `synergen doctor` lists such
     ops."""
     kernel = {"unfold_ids": "fold_ids"}.get(op, op)
-    if kernel not in _C.cuda_kernels():
-        torch.library.impl(f"synergen::{op}", "CUDA")(function)
+    if kernel in _C.cuda_kernels():
+        return
+
+    def run(*args: Any) -> Any:
+        with torch.autocast("cuda", enabled=False):  # a kernel keeps its precision, and so does what stands in for it
+            return function(*args)
+
+    torch.library.impl(f"synergen::{op}", "CUDA")(run)
 
 
 def no_second_derivative(op: str) -> None:

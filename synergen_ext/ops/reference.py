@@ -125,19 +125,38 @@ def expert_ffn_backward(
     need_experts: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `expert_ffn`, by differentiating it again; what is not needed is empty."""
-    inputs = [x, gate, up, down, x if expert_weight is None else expert_weight]
-    needed = [need_x] + 3 * [need_experts] + [need_weight and expert_weight is not None]
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        a, b, c, d, w = leaves
-        y = expert_ffn(a, b, c, d, expert_index, None if expert_weight is None else w)
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, dy) if wanted else ())
-    dx, dgate, dup, ddown, dweight = (
-        next(found) if need else leaf.new_empty(0) for leaf, need in zip(leaves, needed, strict=True)
+    """Gradients of `expert_ffn`, written out; what is not needed is empty. `gate_pre` and `up_pre` are not used."""
+    index = expert_index if expert_index.dim() == 2 else expert_index[:, None]  # [T, k]
+    wide, wide_dy = _wide(x), _wide(dy)
+    weight = None if expert_weight is None else _wide(expert_weight.reshape(index.shape))
+    dx = torch.zeros_like(wide)
+    dgate, dup, ddown = (torch.zeros_like(_wide(t)) for t in (gate, up, down))
+    dweight = None if weight is None else torch.zeros_like(weight)
+    for e in range(gate.shape[0]):
+        t, j = torch.where(index == e)
+        g, u = F.linear(wide[t], _wide(gate[e])), F.linear(wide[t], _wide(up[e]))
+        sigmoid = g.sigmoid()
+        hidden = g * sigmoid * u
+        dout = wide_dy[t]
+        if weight is not None and dweight is not None:
+            dweight[t, j] = (dout * F.linear(hidden, _wide(down[e]))).sum(-1)
+            dout = dout * weight[t, j][:, None]
+        dhidden = dout @ _wide(down[e])
+        dg = dhidden * u * sigmoid * (1 + g * (1 - sigmoid))
+        du = dhidden * g * sigmoid
+        ddown[e], dgate[e], dup[e] = dout.T @ hidden, dg.T @ wide[t], du.T @ wide[t]
+        dx = dx.index_add(0, t, dg @ _wide(gate[e]) + du @ _wide(up[e]))
+
+    def given(needed: bool, gradient: Tensor | None, like: Tensor) -> Tensor:
+        return gradient.reshape(like.shape).to(like.dtype) if needed and gradient is not None else like.new_empty(0)
+
+    return (
+        given(need_x, dx, x),
+        given(need_experts, dgate, gate),
+        given(need_experts, dup, up),
+        given(need_experts, ddown, down),
+        given(need_weight, dweight, x if expert_weight is None else expert_weight),
     )
-    return dx, dgate, dup, ddown, dweight
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Sampling of the next token: guidance, temperature, top-k, top-p and the draw in one pass."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,7 +51,8 @@ def sample_tokens(
 
     Returns:
         ids int64 [R] and valid bool [R]. A row that holds NaN or +inf, or nothing finite, gets id 0
-        and False; other rows do not notice. There is no gradient.
+        and False; so does, on a GPU, a row whose options (given as tensors) cannot be meant. Other
+        rows do not notice. There is no gradient.
 
     Raises:
         ValueError: a shape, dtype, device or value does not fit.
@@ -69,16 +73,31 @@ def sample_tokens(
         seed,
         position,
         None if uncond_logits is None else uncond_logits.detach(),
-        _as_tensor(guidance, 1.0, torch.float64, logits.device),
-        _as_tensor(temperature, 1.0, torch.float64, logits.device),
-        _as_tensor(top_k, 0, torch.int64, logits.device),
-        _as_tensor(top_p, 1.0, torch.float64, logits.device),
+        _as_tensor("guidance", guidance, 1.0, torch.float64, logits.device),
+        _as_tensor("temperature", temperature, 1.0, torch.float64, logits.device),
+        _as_tensor("top_k", top_k, 0, torch.int64, logits.device),
+        _as_tensor("top_p", top_p, 1.0, torch.float64, logits.device),
     )
 
 
-def _as_tensor(value: float | Tensor, default: float, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+# What a number must be, where no kernel can look: on the CPU the op itself refuses, with the row.
+_MEANT: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "guidance": ("finite", math.isfinite),
+    "temperature": ("finite and >= 0", lambda x: math.isfinite(x) and x >= 0),
+    "top_k": (">= 0 (0: off)", lambda x: x >= 0),
+    "top_p": ("in [0, 1]", lambda x: 0 <= x <= 1),
+}
+
+
+def _as_tensor(
+    name: str, value: float | Tensor, default: float, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     if not isinstance(value, Tensor):
-        return None if value == default else torch.tensor(value, dtype=dtype, device=device)
+        wanted, meant = _MEANT[name]
+        if device.type != "cpu" and not meant(value):
+            raise ValueError(f"sample_tokens: {name} must be {wanted}, got {value}")
+        # Filled on the device: a copy from the host would make the host wait.
+        return None if value == default else torch.full((), value, dtype=dtype, device=device)
     same_kind = value.is_floating_point() == dtype.is_floating_point
     return value.detach().to(dtype) if same_kind else value  # the op refuses the other kind
 
