@@ -21,8 +21,12 @@ BUILD = ROOT / "build" / "simt"
 SCHEDULES = [(0, 0), (1, 0), *((2, seed) for seed in range(1, 4))]
 
 
+# The environment's cmake and ninja are found though nobody has activated it.
+PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+
+
 def available() -> bool:
-    return all(shutil.which(tool) for tool in ("g++", "cmake", "ninja"))
+    return all(shutil.which(tool, path=PATH) for tool in ("g++", "cmake", "ninja"))
 
 
 def build(*targets: str) -> None:
@@ -38,7 +42,8 @@ def build(*targets: str) -> None:
 
 
 def _run(*command: Any) -> None:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    environment = {**os.environ, "PATH": PATH}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
 

@@ -10,6 +10,7 @@ race detector, or by the sanitizers. One that nothing finds is an error of the t
 """
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "python_tests"
 sys.path.insert(0, str(TESTS))
 
-import emulator  # noqa: E402
+emulator = importlib.import_module("emulator")  # found on the path that was added above
 
 KERNELS = ROOT / "csrc" / "cuda"
 SECONDS = 300  # a mistake may make a kernel loop for ever

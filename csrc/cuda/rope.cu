@@ -20,8 +20,8 @@ struct RopeLaunch {
 };
 
 // Angles are reduced in double, where the position is exact, to |r| <= pi / 4 and a quarter turn;
-// CUDA's own sine would spill its table of 2 / pi to local memory. The series leave out terms below
-// 1e-18. Twice, because beyond 2^52 turns one step leaves more than a quarter.
+// CUDA's own sincos takes 40 bytes of local memory (nvcc 13.0, sm_90). The series leave out terms
+// below 1e-18. Twice, because beyond 2^52 turns one step leaves more than a quarter.
 SIMT_FN void sine_cosine(double angle, double& sine, double& cosine) {
   constexpr double kHigh = 0x1.921fb54442d18p0, kMiddle = 0x1.1a62633145c07p-54,
                    kLow = -0x1.f1976b7ed8fbcp-110;  // pi / 2 in three parts
