@@ -56,7 +56,7 @@ abi-check: $(VENV)/.dev ## a wheel built with the oldest torch, tested under the
 	tools/abi_check.sh
 
 cuda-proof: $(VENV)/.dev ## the CUDA kernels without a GPU: emulated, raced, sanitized, every planted mistake found, no spills
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark python_tests/test_simt.py python_tests/test_cuda_emulated.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark python_tests/test_simt.py python_tests/test_cuda_*.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/cuda_mutants.py
 	@if command -v nvcc >/dev/null; then $(BIN)/python tools/cuda_compiled.py; \
 	else echo "cuda-proof: no nvcc on PATH, registers and spills not looked at"; fi

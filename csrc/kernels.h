@@ -2,7 +2,8 @@
 // sizes and offsets 64-bit. Launchers trust their params: csrc/ops/ has checked them.
 //
 // To add a kernel: a struct here, a line in SYNERGEN_CPU_KERNELS, csrc/cpu/<op>.cpp with a function
-// of that name. With CUDA: a line in SYNERGEN_CUDA_KERNELS and csrc/cuda/<op>.cu too.
+// of that name. With CUDA: a line in SYNERGEN_CUDA_KERNELS and csrc/cuda/<op>.cu too, and
+// one in SYNERGEN_CUDA_SCRATCH if it wants memory.
 #pragma once
 
 #include "common/types.h"
@@ -153,6 +154,12 @@ struct SampleTokensParams {
   X(fold_ids, FoldIdsParams)                        \
   X(sample_tokens, SampleTokensParams)
 
+// CUDA kernels that want device memory for themselves while they run, in params.scratch.
+#define SYNERGEN_CUDA_SCRATCH(X)                    \
+  X(rms_norm_backward, RmsNormBackwardParams)       \
+  X(fold_tokens_backward, FoldTokensBackwardParams) \
+  X(sample_tokens, SampleTokensParams)
+
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
 // hold the same sources.
 namespace cpu {
@@ -176,10 +183,9 @@ namespace cuda {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p, void* stream);
 SYNERGEN_CUDA_KERNELS(SYNERGEN_DECLARE)
 #undef SYNERGEN_DECLARE
-// Device memory that a kernel wants for itself while it runs, in params.scratch.
-int64_t scratch_bytes(const RmsNormBackwardParams& p);
-int64_t scratch_bytes(const FoldTokensBackwardParams& p);
-int64_t scratch_bytes(const SampleTokensParams& p);
+#define SYNERGEN_DECLARE(name, Params) int64_t scratch_bytes(const Params& p);
+SYNERGEN_CUDA_SCRATCH(SYNERGEN_DECLARE)
+#undef SYNERGEN_DECLARE
 }  // namespace cuda
 
 }  // namespace synergen

@@ -31,18 +31,11 @@ const char* text_of_error(F&& f) {
   }
 SYNERGEN_CUDA_KERNELS(SYNERGEN_LAUNCHER)
 
-SYNERGEN_EXPORT int64_t
-synergen_scratch_rms_norm_backward(const synergen::RmsNormBackwardParams* p) {
-  return synergen::cuda::scratch_bytes(*p);
-}
-SYNERGEN_EXPORT int64_t
-synergen_scratch_fold_tokens_backward(const synergen::FoldTokensBackwardParams* p) {
-  return synergen::cuda::scratch_bytes(*p);
-}
-
-SYNERGEN_EXPORT int64_t synergen_scratch_sample_tokens(const synergen::SampleTokensParams* p) {
-  return synergen::cuda::scratch_bytes(*p);
-}
+#define SYNERGEN_SCRATCH(name, Params)                                         \
+  SYNERGEN_EXPORT int64_t synergen_scratch_##name(const synergen::Params* p) { \
+    return synergen::cuda::scratch_bytes(*p);                                  \
+  }
+SYNERGEN_CUDA_SCRATCH(SYNERGEN_SCRATCH)
 
 SYNERGEN_EXPORT void synergen_schedule(int policy, uint64_t seed, int resident_blocks) {
   synergen::simt::set_options({policy, seed, resident_blocks});

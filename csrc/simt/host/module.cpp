@@ -46,16 +46,12 @@ namespace cuda {
 SYNERGEN_CUDA_KERNELS(SYNERGEN_FORWARD)
 #undef SYNERGEN_FORWARD
 
-int64_t scratch_bytes(const RmsNormBackwardParams& p) {
-  return function<int64_t(const RmsNormBackwardParams*)>("scratch_rms_norm_backward")(&p);
-}
-int64_t scratch_bytes(const FoldTokensBackwardParams& p) {
-  return function<int64_t(const FoldTokensBackwardParams*)>("scratch_fold_tokens_backward")(&p);
-}
-
-int64_t scratch_bytes(const SampleTokensParams& p) {
-  return function<int64_t(const SampleTokensParams*)>("scratch_sample_tokens")(&p);
-}
+#define SYNERGEN_SCRATCH(name, Params)                             \
+  int64_t scratch_bytes(const Params& p) {                         \
+    return function<int64_t(const Params*)>("scratch_" #name)(&p); \
+  }
+SYNERGEN_CUDA_SCRATCH(SYNERGEN_SCRATCH)
+#undef SYNERGEN_SCRATCH
 
 // Memory of its own for each request, filled with NaN, so that sanitizers see its end and nothing
 // relies on zeros.

@@ -1,0 +1,123 @@
+"""sample_tokens by the emulator: see test_cuda_emulated.py."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from synergen_ext.testing import DTYPES, laid_out, normal
+
+
+def sample_args(rows, vocab, dtype=torch.float32, seed=0, grid=0.0, **options):
+    """logits, seed, position, and the options in the schema's order; `grid` rounds logits, so that ties are many."""
+    logits = 3 * normal(rows, vocab, dtype=torch.float64, seed=seed)
+    if grid:
+        logits = (logits / grid).round() * grid
+    names = ("uncond_logits", "guidance", "temperature", "top_k", "top_p")
+    kinds = dict(guidance=torch.float64, temperature=torch.float64, top_k=torch.int64, top_p=torch.float64)
+    options = {k: v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=kinds[k]) for k, v in options.items()}
+    return (
+        logits.to(dtype), torch.arange(rows) + 100 * seed, torch.arange(rows).flip(0) * 3,
+        *(options.get(name) for name in names),
+    )  # fmt: skip
+
+
+#: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
+SMALL = {"sample_tokens": lambda: sample_args(3, 300, torch.bfloat16, grid=0.5, top_k=200, top_p=0.8)}
+
+
+def sanitized():
+    """Calls of odd sizes for test_cuda_emulated.py to make under the sanitizers."""
+    for dtype in DTYPES:
+        for vocab in (1, 9, 40):
+            yield "sample_tokens", sample_args(2, vocab, dtype, top_k=7, top_p=0.7)
+
+
+def check_same_ids(emulated, *args):
+    ids, valid = emulated.sample_tokens(*args)
+    cpu_ids, cpu_valid = torch.ops.synergen.sample_tokens(*args)
+    assert torch.equal(ids, cpu_ids) and torch.equal(valid, cpu_valid)
+    return ids, valid
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 1500])
+def test_sample_tokens_is_the_cpu_kernel_to_the_bit(emulated, vocab, dtype):
+    check_same_ids(emulated, *sample_args(6, vocab, dtype))
+    check_same_ids(emulated, *sample_args(6, vocab, dtype, seed=1, temperature=0.7, top_k=20, top_p=0.9))
+    check_same_ids(emulated, *sample_args(6, vocab, dtype, seed=2, top_p=0.5))
+    check_same_ids(emulated, *sample_args(3, vocab, dtype, seed=3, temperature=0.0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sample_tokens_with_ties(emulated, seed, dtype):
+    """Logits on a grid: the last logit that stays is shared by many ids, of which the lowest stay."""
+    for options in (dict(top_k=5 + 60 * seed), dict(top_p=0.3 + 0.2 * seed), dict(top_k=150, top_p=0.6)):
+        check_same_ids(emulated, *sample_args(8, 700, dtype, seed=seed, grid=1.5, **options))
+    args = sample_args(8, 700, dtype, seed=seed, grid=100.0, temperature=0.0)
+    assert check_same_ids(emulated, *args)[0].tolist() == args[0].argmax(1).tolist()
+
+
+def test_sample_tokens_minus_zero_is_zero(emulated, dtype):
+    logits = torch.tensor([[-0.0, 0.0, 1.0]], dtype=dtype).expand(64, -1)
+    args = (logits, torch.arange(64), torch.tensor(0), None, None, None, torch.tensor(2), None)
+    assert set(check_same_ids(emulated, *args)[0].tolist()) == {0, 2}
+
+
+def test_sample_tokens_argmax_takes_the_first_of_equals(emulated):
+    logits = torch.zeros(2, 3000)
+    logits[0, [900, 1924, 2948]] = logits[1, [2999, 1975, 951]] = 4.0  # 1,024 apart: one thread sees all three
+    ids, _ = check_same_ids(emulated, logits, torch.arange(2), torch.tensor(0), None, None, torch.tensor(0.0).double(),
+                            None, None)  # fmt: skip
+    assert ids.tolist() == [900, 951]
+
+
+def test_sample_tokens_rounds_guidance_as_the_cpu_does(emulated):
+    """Two tokens that tie after a product and a sum, each rounded, and do not where both are one operation."""
+    generator = np.random.default_rng(0)
+    c, u = (generator.integers(-999, 999, 40000).astype(np.float32) / np.float32(977) for _ in range(2))
+    scale = np.float32(1.7)
+    rounded = u + scale * (c - u)
+    fused = (u.astype(np.float64) + np.float64(scale) * (c - u).astype(np.float64)).astype(np.float32)
+    order = np.lexsort((fused, rounded))
+    pairs = [(a, b) for a, b in itertools.pairwise(order) if rounded[a] == rounded[b] and fused[a] < fused[b]][:64]
+    assert len(pairs) == 64
+    logits, uncond = (torch.from_numpy(np.stack([x[list(pair)] for pair in pairs])) for x in (c, u))
+    options = (torch.tensor(float(scale)).double(), torch.tensor(0.0).double(), None, None)
+    ids, _ = check_same_ids(emulated, logits, torch.arange(64), torch.tensor(0), uncond, *options)
+    assert not ids.any()
+
+
+def test_sample_tokens_options_by_row(emulated):
+    options = dict(
+        uncond_logits=normal(5, 90, seed=9),
+        guidance=torch.tensor([1.0, 0.0, 2.5, -1.0, 7.0], dtype=torch.float64),
+        temperature=torch.tensor([1.0, 0.0, 0.5, 3.0, 1e-9], dtype=torch.float64),
+        top_k=torch.tensor([0, 3, 1, 90, 1000]),
+        top_p=torch.tensor([1.0, 0.0, 0.7, 0.2, 0.999], dtype=torch.float64),
+    )
+    args = sample_args(5, 90, **options)
+    check_same_ids(emulated, *args)
+    check_same_ids(emulated, *(laid_out(a, "stepped") if a is not None and a.dim() else a for a in args))
+
+
+def test_sample_tokens_rows_without_an_answer(emulated):
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[0, nan, 1], [inf, 0, 0], [-inf] * 3, [-inf, 2, -inf], [-inf, 0, 0]], dtype=torch.float32)
+    seeds, position = torch.arange(5), torch.tensor(3)
+    ids, valid = check_same_ids(emulated, logits, seeds, position, None, None, None, None, None)
+    assert valid.tolist() == [False, False, False, True, True] and ids[:4].tolist() == [0, 0, 0, 1]
+    half = torch.tensor(0.5).double()
+    _, valid = check_same_ids(emulated, logits, seeds, position, None, None, None, None, half)
+    assert valid.tolist() == [False, False, False, True, True]
+    uncond = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, nan], [-inf, -inf, 5]])
+    _, valid = check_same_ids(emulated, logits, seeds, position, uncond, *[None] * 4)
+    assert valid.tolist() == [False, False, False, False, True]
+
+
+def test_sample_tokens_refuses_rows_whose_options_cannot_be_meant(emulated):
+    """The CPU kernel's caller gets an error; on a GPU nobody has looked before, so the row is invalid."""
+    wrong = dict(guidance=torch.nan, temperature=-1.0, top_k=-1, top_p=1.5)
+    for name, value in wrong.items():
+        ids, valid = emulated.sample_tokens(*sample_args(2, 20, **{name: value}))
+        assert ids.tolist() == [0, 0] and valid.tolist() == [False, False], name
