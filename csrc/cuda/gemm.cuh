@@ -44,37 +44,47 @@ SIMT_FN int column_in_slot(int slot) {
   return (slot & ~31) + slot % 8 / 2 * 8 + slot % 32 / 8 * 2 + slot % 2;
 }
 
+// Elements that need not be neighbours, in bytes: what gemm_plain.cuh has for an address.
+struct Strided {
+  const char* data;
+  int64_t step;
+  SIMT_FN Strided operator+(int64_t bytes) const { return {data + bytes, step}; }
+};
+template <class T>
+using Place = std::conditional_t<std::is_same_v<T, char>, Strided, const T*>;
+
 // Depth k of an operand across lies at data + k * stride.
 template <class T>
 struct Affine {
-  const T* data;
+  Place<T> data;
   int64_t stride;
   using Handle = int64_t;
-  // Called a stage before `at`, so that what says where a depth lies may itself be read from memory.
+  // Called a stage before `at`, so that what says where a depth lies may itself be read from
+  // memory.
   SIMT_FN int64_t handle(int64_t k) const { return k; }
-  SIMT_FN const T* at(int64_t k) const { return data + k * stride; }
+  SIMT_FN Place<T> at(int64_t k) const { return data + k * stride; }
 };
 
 // Depth k lies at data + order[k] / divisor * stride.
 template <class T>
 struct Gathered {
-  const T* data;
+  Place<T> data;
   int64_t stride;
   const int32_t* order;
-  int32_t divisor;
-  using Handle = int32_t;
-  SIMT_FN int32_t handle(int64_t k) const { return order[k] / divisor; }
-  SIMT_FN const T* at(int32_t row) const { return data + row * stride; }
+  uint32_t divisor;
+  using Handle = uint32_t;
+  SIMT_FN uint32_t handle(int64_t k) const { return static_cast<uint32_t>(order[k]) / divisor; }
+  SIMT_FN Place<T> at(uint32_t row) const { return data + row * stride; }
 };
 
 // Depths below `first` lie in one place, the others in another.
 template <class T>
 struct Joined {
-  const T *data, *then;
+  Place<T> data, then;
   int64_t stride, then_stride, first;
   using Handle = int64_t;
   SIMT_FN int64_t handle(int64_t k) const { return k; }
-  SIMT_FN const T* at(int64_t k) const {
+  SIMT_FN Place<T> at(int64_t k) const {
     return k < first ? data + k * stride : then + (k - first) * then_stride;
   }
 };
@@ -116,7 +126,8 @@ struct TensorCores {
       }
       from_ = chunk * 8;
       to_ = slot * 64 + (chunk ^ (slot / 2 % 4)) * 16;
-      const int first = kRight ? warp % 4 * 64 + lane / 16 * 8 + lane % 8 : warp / 4 * 64 + lane % 16;
+      const int first =
+          kRight ? warp % 4 * 64 + lane / 16 * 8 + lane % 8 : warp / 4 * 64 + lane % 16;
       const int half = kRight ? lane / 8 % 2 : lane / 16;
       fragment_ = first * 64 + (half ^ (first / 2 % 4)) * 16;
     }
@@ -128,7 +139,8 @@ struct TensorCores {
       }
     }
     // 16 rows, step 0 or 1 of the depth: the words of mma's a, or of its b for 8 columns twice.
-    SIMT_FN void load(uint32_t (&words)[4], const unsigned char* stage, int sixteen, int step) const {
+    SIMT_FN void load(uint32_t (&words)[4], const unsigned char* stage, int sixteen,
+                      int step) const {
       simt::ldmatrix_x4(words, stage + ((fragment_ + sixteen * 16 * 64) ^ (step * 32)));
     }
   };
@@ -146,7 +158,8 @@ struct TensorCores {
    public:
     static constexpr bool kSlots = false;
 
-    SIMT_FN Across(int64_t depth, int64_t count, const Where& where) : where_(where), depth_(depth) {
+    SIMT_FN Across(int64_t depth, int64_t count, const Where& where)
+        : where_(where), depth_(depth) {
       const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
       const int chunk = thread % kChunks;
       k_ = thread / kChunks;
@@ -167,7 +180,8 @@ struct TensorCores {
       }
       look_ahead(k0 + kDepth);
     }
-    SIMT_FN void load(uint32_t (&words)[4], const unsigned char* stage, int sixteen, int step) const {
+    SIMT_FN void load(uint32_t (&words)[4], const unsigned char* stage, int sixteen,
+                      int step) const {
       simt::ldmatrix_x4_trans(words, stage + ((fragment_ ^ (sixteen * 32)) + step * 16 * C * 2));
     }
 
@@ -181,24 +195,25 @@ struct TensorCores {
     }
   };
 
-  // row(m), column(n) -> the address of depth 0, or null.
+  // row(m), column(n) -> the address of depth 0, or null. The dtype that
+  // gemm_plain.cuh wants to know is known here.
   template <class F>
-  SIMT_FN static Along<kRows, false> rows(int64_t depth, const F& row) {
+  SIMT_FN static Along<kRows, false> rows(int64_t depth, const F& row, DType = {}) {
     return {depth, row};
   }
   template <class F>
-  SIMT_FN static Along<kColumns, true> columns(int64_t depth, const F& column) {
+  SIMT_FN static Along<kColumns, true> columns(int64_t depth, const F& column, DType = {}) {
     return {depth, column};
   }
   // `count` rows or columns are there, those beyond are zeros.
   template <class Where>
   SIMT_FN static Across<kRows, false, Where> rows_across(int64_t depth, int64_t count,
-                                                         const Where& where) {
+                                                         const Where& where, DType = {}) {
     return {depth, count, where};
   }
   template <class Where>
   SIMT_FN static Across<kColumns, true, Where> columns_across(int64_t depth, int64_t count,
-                                                              const Where& where) {
+                                                              const Where& where, DType = {}) {
     return {depth, count, where};
   }
 
@@ -227,7 +242,8 @@ struct TensorCores {
     const auto add = [&](int step, int i) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint32_t *words = right[step][j / 2], b0 = words[j % 2 * 2], b1 = words[j % 2 * 2 + 1];
+        const uint32_t *words = right[step][j / 2], b0 = words[j % 2 * 2],
+                       b1 = words[j % 2 * 2 + 1];
         if constexpr (std::is_same_v<T, bf16>) {
           simt::mma_bf16(sums.d[i][j], left[i % 2], b0, b1);
         } else {
@@ -289,6 +305,22 @@ struct TensorCores {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
   }
+
+  // Eight neighbours, 16-byte aligned. The dtype and how many are there matter in gemm_plain.cuh.
+  SIMT_FN static void load_run(DType, const void* data, int64_t offset, int64_t, float (&run)[8]) {
+    const Pack<T, 8> pack = load_pack<8>(static_cast<const T*>(data) + offset, 0, 1);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) run[i] = simt::widen(pack.v[i]);
+  }
+  SIMT_FN static void store_run(DType, void* data, int64_t offset, int64_t, const float (&run)[8]) {
+    Pack<T, 8> pack;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) pack.v[i] = simt::narrow<T>(run[i]);
+    store_pack(static_cast<T*>(data) + offset, 0, pack);
+  }
+  // Addresses count elements.
+  SYNERGEN_HD static int64_t steps(DType, int64_t elements) { return elements; }
+  SIMT_FN static const T* place(const T* p, int64_t) { return p; }
 
  private:
   // Four threads hold two columns of each of four eights; afterwards each holds one eight.
