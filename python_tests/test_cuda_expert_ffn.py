@@ -216,12 +216,13 @@ def test_expert_ffn_sorts_pairs_of_many_experts(emulated, experts):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_expert_ffn_gives_nothing_for_an_index_past_the_experts(emulated, top_k, dtype):
-    index = torch.tensor([[0, 2], [3, 9], [2**40, 2], [1, 0], [3, 3]])[:, :top_k]
-    args = ffn_args(5, 16, 24, 3, top_k, dtype=dtype, index=index)
+    index = torch.tensor([[0, 2], [3, 9], [2**40, 2], [1, 0], [3, 3]] * 20)[:, :top_k]
+    args = ffn_args(100, 16, 24, 3, top_k, dtype=dtype, index=index)
     ours, (dx, *_, dweight) = compare(emulated, *args)
     nobody = index >= 3
     assert torch.equal((ours[0] == 0).all(1), nobody.all(1)) and torch.equal((dx == 0).all(1), nobody.all(1))
-    assert torch.equal((ours[1] == 0).all(1), nobody.flatten()) and torch.equal(dweight == 0, nobody)
+    assert torch.equal((ours[1] == 0).all(1), nobody.flatten())
+    assert torch.equal((ours[2] == 0).all(1), nobody.flatten()) and torch.equal(dweight == 0, nobody)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
