@@ -1,8 +1,8 @@
 """The CUDA kernels on a GPU: checked, then timed beside what else computes the same, and beside their static bounds.
 
 Needs a GPU. Each case is checked against the reference in float64 before any of it is timed (ids: against the CPU
-kernel); a wrong result ends the run. Calls are captured in CUDA graphs where they can be, their arguments rotate through
-copies larger than the L2 cache, and ours and rivals alternate. ``--quick``: fewer rounds.
+kernel); a wrong result ends the run. Calls are captured in CUDA graphs where they can be, their arguments rotate
+through copies larger than the L2 cache, and ours and rivals alternate. ``--quick``: fewer rounds.
 """
 
 import importlib.util
