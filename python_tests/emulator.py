@@ -35,7 +35,8 @@ def build(*targets: str) -> None:
     with open(BUILD / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache = BUILD / "CMakeCache.txt"
-        if cache.is_file() and f"={sys.executable}\n" not in cache.read_text():  # configured for another Python
+        configured = f"\nPython_EXECUTABLE:UNINITIALIZED={sys.executable}\n"
+        if cache.is_file() and configured not in cache.read_text():  # for another Python
             shutil.rmtree(BUILD / "CMakeFiles")
             for stale in (cache, *BUILD.glob("synergen_simt*.so")):
                 stale.unlink()
