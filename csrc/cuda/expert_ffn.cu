@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32) scatter_pairs_kernel(Forward p) {
     const bool there = has_expert(p, index);
     const unsigned same = __match_any_sync(kAll, there ? static_cast<int>(index) : -1);
     const int rank = __popc(same & ((1u << lane) - 1));
-    __syncwarp();  // the counts of this expert are all told
+    __syncwarp();  // next is up to date
     if (there) {
       const int32_t row = next[index] + rank;
       p.order[row] = static_cast<int32_t>(pair);
