@@ -4,7 +4,7 @@ by 256 columns (128 hidden ones), and 32 (8) of the depth."""
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cases import UNPACKED
+from cuda_cases import UNPACKED, shifted
 
 from synergen_ext.ops import reference
 from synergen_ext.testing import DTYPES, LAYOUTS, assert_as_accurate, laid_out, normal, to_float64
@@ -29,6 +29,11 @@ def ffn_args(
         index = normal(*shape, seed=4).mul(1e4).long().abs() % max(experts, 1)
     weight = None if top_k is None else random(*shape, seed=5).sigmoid()
     return x, gate, up, down, laid_out(index, layout), weight
+
+
+def within(x):
+    """The values of x in rows of 24."""
+    return x.new_zeros(*x.shape[:-1], 24)[..., : x.shape[-1]].copy_(x)
 
 
 def backward_args(args, pre=None, need=(True, True, True)):
@@ -76,7 +81,9 @@ def compare(emulated, *args, lay_dy=torch.clone):
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
 SMALL = {
     "expert_ffn": lambda: ffn_args(20, 72, 40, 2, 2, dtype=torch.bfloat16),
-    "expert_ffn_backward": lambda: backward_args(ffn_args(20, 40, 24, 2, 2, dtype=torch.bfloat16)),
+    "expert_ffn_backward": lambda: backward_args(  # one expert has no rows
+        ffn_args(20, 40, 24, 3, 2, dtype=torch.bfloat16, index=torch.tensor([[0, 2], [2, 0]] * 10))
+    ),
 }
 
 
@@ -98,6 +105,10 @@ def sanitized():
     yield "expert_ffn_train", ffn_args(3, 8, 8, dtype=torch.float16, index=torch.tensor([-1, 5, 1]))
     for args in unpacked(torch.bfloat16, UNPACKED[2]):
         yield "expert_ffn", args
+    whole = ffn_args(64, 8, 8, 2, dtype=torch.bfloat16)  # 256 bytes of rows, the last of the scratch memory
+    yield "expert_ffn", whole
+    yield "expert_ffn_backward", backward_args(whole)
+    yield "expert_ffn_backward", backward_args(ffn_args(3, 264, 264, 1, 2, dtype=torch.float16))
 
 
 def exact_args(tokens, dim, hidden, experts, top_k, dtype, density=0.02):
@@ -165,6 +176,30 @@ def test_expert_ffn_of_rows_that_cannot_be_read_in_packs(emulated, lay, dtype):
     compare(emulated, *ffn_args(9, 16, 24, dtype=dtype), lay_dy=lay)
 
 
+@pytest.mark.parametrize("sizes", [(12, 16), (16, 12)])
+@pytest.mark.parametrize("dtype", SHORT)
+def test_expert_ffn_of_rows_that_are_no_whole_packs(emulated, sizes, dtype):
+    """Every row begins at 16 bytes."""
+    compare(emulated, *(within(t) if t.is_floating_point() else t for t in ffn_args(9, *sizes, dtype=dtype)[:5]), None)
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_expert_ffn_backward_of_kept_values_that_begin_anywhere(emulated, dtype):
+    args = ffn_args(9, 16, 24, dtype=dtype)
+    pre = emulated.expert_ffn_train(*args)[1:]
+    there = emulated.expert_ffn_backward(*backward_args(args, pre))
+    moved = emulated.expert_ffn_backward(*backward_args(args, tuple(shifted(t) for t in pre)))
+    for a, b in zip(there, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
+
+
+def test_expert_ffn_of_more_tiles_than_a_group_of_blocks(emulated):
+    """Every token has an expert of its own; two columns of blocks."""
+    args = ffn_args(40, 8, 136, 40, dtype=torch.float16, index=torch.arange(40).flip(0))
+    truth = reference.expert_ffn(*to_float64(args))
+    assert_as_accurate(emulated.expert_ffn(*args), rounding(*args), truth)
+
+
 @pytest.mark.parametrize("dtype", SHORT)
 def test_expert_ffn_with_float32_experts(emulated, dtype):
     compare(emulated, *ffn_args(9, 16, 24, 3, 2, dtype=dtype, expert_dtype=torch.float32))
@@ -197,7 +232,7 @@ def test_expert_ffn_of_every_number_of_rows(emulated, dtype):
         assert torch.equal(ours, alone)  # rows do not depend on their company
 
 
-@pytest.mark.parametrize("experts", [1, 31, 33, 1100, 2050])
+@pytest.mark.parametrize("experts", [1, 31, 33, 1024, 2050])
 def test_expert_ffn_sorts_pairs_of_many_experts(emulated, experts):
     """down is the number of the expert; more experts than threads scan their counts."""
     tokens, ones = 300, torch.ones(experts, 1, 1)
@@ -216,6 +251,9 @@ def test_expert_ffn_gives_nothing_for_an_index_past_the_experts(emulated, top_k,
     assert torch.equal((ours[0] == 0).all(1), nobody.all(1)) and torch.equal((dx == 0).all(1), nobody.all(1))
     assert torch.equal((ours[1] == 0).all(1), nobody.flatten())
     assert torch.equal((ours[2] == 0).all(1), nobody.flatten()) and torch.equal(dweight == 0, nobody)
+    kept = [torch.full_like(t, 5) for t in ours[1:]]
+    emulated.expert_ffn_backward(*backward_args(args, kept))
+    assert all((t == 5).all() for t in kept)  # they are the caller's
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

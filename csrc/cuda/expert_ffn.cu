@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(gemm::kThreads) gate_up_kernel(Forward p) {
     const int64_t row = tile.begin + m;
     if (p.gate_pre != nullptr) {
       const int64_t at = p.order[row] * p.hidden + h;
-      G::store_run(p.pre, p.gate_pre, at, count, g);
-      G::store_run(p.pre, p.up_pre, at, count, u);
+      G::store_run(p.dtype, p.gate_pre, at, count, g);
+      G::store_run(p.dtype, p.up_pre, at, count, u);
     }
     if (p.activations == nullptr) return;
 #pragma unroll
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_tokens_kernel(Forward p
     A none[8];
     for (int i = 0; i < 8; ++i) none[i] = index < 0 ? A(NAN) : A(0);
     for (int64_t h = threadIdx.x * 8; h < p.hidden; h += kFinishThreads * 8) {
-      G::store_run(p.pre, p.gate_pre, pair * p.hidden + h, p.hidden - h, none);
-      G::store_run(p.pre, p.up_pre, pair * p.hidden + h, p.hidden - h, none);
+      G::store_run(p.dtype, p.gate_pre, pair * p.hidden + h, p.hidden - h, none);
+      G::store_run(p.dtype, p.up_pre, pair * p.hidden + h, p.hidden - h, none);
     }
   }
 }
@@ -242,9 +242,9 @@ Forward prepare(const ExpertFfnParams& params) {
 
 int64_t lay_out(Forward& p) {
   Carver carver(p.scratch);
-  carve_routing(carver, p.experts, p);
   carver.take(p.activations, p.pairs * p.hidden * gemm::bytes_of(p.inner));
   carver.take(p.pair_rows, p.top_k > 1 ? p.pairs * p.dim * gemm::bytes_of(p.inner) : 0);
+  carve_routing(carver, p.experts, p);
   return carver.bytes();
 }
 
@@ -271,7 +271,6 @@ Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
                    packs<bf16>(p.gate_pre, 1, nullptr, 0) && packs<bf16>(p.up_pre, 1, nullptr, 0) &&
                    aligned;
   e.inner = e.tensor_cores || p.dtype == DType::kFloat64 ? p.dtype : DType::kFloat32;
-  e.pre = p.dtype;
   e.pairs = p.tokens * p.top_k;
   const int64_t high =
       e.tensor_cores ? gemm::TensorCores<bf16>::kRows : gemm::PlainFma<float>::kRows;
@@ -284,10 +283,10 @@ Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
 
 void carve_routing(Carver& carver, int64_t experts, Experts& e) {
   carver.take(e.order, e.pairs * 4);
-  carver.take(e.token_of, e.pairs * 4);
   carver.take(e.offsets, (experts + 1) * 4);
   carver.take(e.row_tiles, e.tiles * static_cast<int64_t>(sizeof(RowTile)));
   carver.take(e.counts, experts * e.count_tiles * 4);
+  carver.take(e.token_of, e.pairs * 4);
 }
 
 void route(const char* op, const Forward& p, void* stream) {

@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(gemm::kThreads) hidden_kernel(Backward p) {
       const int64_t count = p.hidden - h, at = pair * p.hidden + h;
       if (!there || count <= 0) return;
       A g[8], u[8];
-      G::load_run(p.pre, p.gate_pre, at, count, g);
-      G::load_run(p.pre, p.up_pre, at, count, u);
+      G::load_run(p.dtype, p.gate_pre, at, count, g);
+      G::load_run(p.dtype, p.up_pre, at, count, u);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const A s = sigmoid<G>(g[i]), silu = g[i] * s, wdh = weight * dh[i];
@@ -211,19 +211,18 @@ Forward forward_of(const Backward& p) {
 int64_t lay_out(Backward& p) {
   const int64_t width = gemm::bytes_of(p.inner);
   Carver carver(p.scratch);
-  carve_routing(carver, p.experts, p);
   carver.take(p.hidden_gradients, p.pairs * 2 * p.hidden * width);
   if (p.ddown != nullptr) carver.take(p.activations, p.pairs * p.hidden * width);
   if (p.gate_pre == nullptr) {
-    p.pre = p.inner;
-    carver.take(p.gate_pre, p.pairs * p.hidden * width);
-    carver.take(p.up_pre, p.pairs * p.hidden * width);
+    carver.take(p.gate_pre, p.pairs * p.hidden * gemm::bytes_of(p.dtype));
+    carver.take(p.up_pre, p.pairs * p.hidden * gemm::bytes_of(p.dtype));
   }
   if (p.top_k > 1 && p.dx != nullptr) carver.take(p.pair_rows, p.pairs * p.dim * width);
   if (p.dweight != nullptr) {
     const int64_t sum = p.dtype == DType::kFloat64 ? 8 : 4;
     carver.take(p.weight_parts, p.pairs * p.parts * sum);
   }
+  carve_routing(carver, p.experts, p);
   return carver.bytes();
 }
 
