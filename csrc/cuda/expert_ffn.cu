@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/expert_ffn.cuh"
+#include "cuda/expert_products.cuh"
 
 namespace synergen::cuda {
 namespace {

@@ -9,7 +9,7 @@
 //   finish    sums of tokens over j, dweight
 //
 // 8192 tokens of the paper's size: 1.65 TFLOP, 5.3 ms of an A100's tensor cores.
-#include "cuda/expert_ffn.cuh"
+#include "cuda/expert_products.cuh"
 
 namespace synergen::cuda {
 namespace {

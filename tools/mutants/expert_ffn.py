@@ -1,4 +1,4 @@
-"""expert_ffn: what both directions share is in expert_ffn.cuh."""
+"""expert_ffn: what both directions share is in expert_products.cuh."""
 
 from . import planted
 

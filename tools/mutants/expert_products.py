@@ -2,7 +2,7 @@
 
 from . import planted
 
-MUTANTS, add = planted("expert_ffn.cuh", "expert_ffn.cu")
+MUTANTS, add = planted("expert_products.cuh", "expert_ffn.cu")
 
 add("block / (kGroup * wide) * kGroup", "block / (kGroup * wide)")
 add("left < kGroup ? left : kGroup", "kGroup")
