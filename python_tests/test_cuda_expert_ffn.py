@@ -80,7 +80,7 @@ def compare(emulated, *args, lay_dy=torch.clone):
 
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
 SMALL = {
-    "expert_ffn": lambda: ffn_args(20, 72, 40, 2, 2, dtype=torch.bfloat16),
+    "expert_ffn": lambda: ffn_args(20, 200, 40, 2, 2, dtype=torch.bfloat16),  # 7 stages through the 4 there are
     "expert_ffn_backward": lambda: backward_args(  # one expert has no rows
         ffn_args(20, 40, 24, 3, 2, dtype=torch.bfloat16, index=torch.tensor([[0, 2], [2, 0]] * 10))
     ),
