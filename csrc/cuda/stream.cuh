@@ -62,27 +62,29 @@ constexpr int kChunk = 4 * kEach<W>;  // which the four lanes of a row read toge
 template <class T, class W>
 constexpr bool kTensor = sizeof(T) == 2 && !std::is_same_v<W, float>;
 
-constexpr int kRing = 4;  // chunks under way
+// Chunks under way: 4, or as many as the registers of 64 rows leave.
+template <class W, int NT>
+constexpr int kRing = std::is_same_v<W, Nibbles> && NT == 8 ? 2 : 4;
 constexpr unsigned kAll = 0xffffffffu;
 
 template <class T, class W, int NT>
 struct Operands {
   int k;              // elements of a row, of weights and activations
   const T* x[NT];     // rows g, 8 + g, ...; each must be readable, its product need not be wanted
-  int64_t x_step;     // between elements of a row; 1 where packed
   const W* w[2];      // two rows, or null: their sums stay as they are
-  int64_t w_step;     // between stored elements of a row; 1 where packed
   const T* scale[2];  // quantised weights: of each group of the row
-  int64_t scale_step;
   int group_log2;  // a group is a power of two of at least 32 elements (64 for int8_t), or, where
                    // this is 31, the row
+  int64_t x_step;  // between stored elements; not used where packed
+  int64_t w_step[2], scale_step[2];
 };
 
-// Packed rows begin at 16 bytes and hold whole accesses of 16 bytes, weights and activations.
+// Packed rows begin at 16 bytes and hold whole accesses of 16 bytes, weights and activations; their
+// elements and scales are neighbours.
 template <class W, bool kPacked>
 SIMT_FN simt::Words load_weights(const W* row, int64_t step, int at, int end) {
   simt::Words words{};
-  if (row == nullptr || at >= end) return words;
+  if (at >= end) return words;
   if constexpr (kPacked) {
     words = simt::load16_once(reinterpret_cast<const char*>(row) +
                               static_cast<int64_t>(at) * kBits<W> / 8);
@@ -113,6 +115,11 @@ SIMT_FN Pack<T, N> load_activations(const T* row, int64_t step, int at, int end)
     }
   }
   return pack;
+}
+
+template <bool kPacked, class T, class W, int NT>
+SIMT_FN T load_scale(const Operands<T, W, NT>& in, int h, int at) {
+  return in.scale[h][(at >> in.group_log2) * (kPacked ? 1 : in.scale_step[h])];
 }
 
 // ---- Tensor cores
@@ -187,22 +194,23 @@ SIMT_FN void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 template <bool kPacked, class T, class W, int NT>
 SIMT_FN void multiply_on_tensor_cores(const Operands<T, W, NT>& in, int begin, int end,
                                       float (&sum)[NT][4]) {
+  constexpr int kSlots = kRing<W, NT>;
   constexpr int kSteps = kEach<W> / 8;
   const int lane = static_cast<int>(threadIdx.x % 32), t = lane % 4;
   const int chunks = static_cast<int>(ceil_div(end - begin, kChunk<W>));
+  const int ends[2] = {in.w[0] != nullptr ? end : begin, in.w[1] != nullptr ? end : begin};
   const int group_mask = (1u << in.group_log2) - 1;
-  simt::Words ring[kRing][2];
-  T scales[kRing][2] = {};
+  simt::Words ring[kSlots][2];
+  T scales[kSlots][2] = {};
   float part[NT][4] = {};  // since the last scale
   float scale[2] = {};
   const auto fetch = [&](int slot, int chunk) {
     const int at = begin + chunk * kChunk<W> + t * kEach<W>;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      ring[slot][h] = load_weights<W, kPacked>(in.w[h], in.w_step, at, end);
+      ring[slot][h] = load_weights<W, kPacked>(in.w[h], in.w_step[h], at, ends[h]);
       if constexpr (kQuantised<W>) {
-        const int group = (at < end ? at : end - 1) >> in.group_log2;
-        if (in.w[h] != nullptr) scales[slot][h] = in.scale[h][group * in.scale_step];
+        if (in.w[h] != nullptr) scales[slot][h] = load_scale<kPacked>(in, h, min(at, end - 1));
       }
     }
   };
@@ -217,12 +225,12 @@ SIMT_FN void multiply_on_tensor_cores(const Operands<T, W, NT>& in, int begin, i
     }
   };
 #pragma unroll
-  for (int slot = 0; slot < kRing; ++slot) {
+  for (int slot = 0; slot < kSlots; ++slot) {
     if (slot < chunks) fetch(slot, slot);
   }
-  for (int first = 0; first < chunks; first += kRing) {
+  for (int first = 0; first < chunks; first += kSlots) {
 #pragma unroll
-    for (int slot = 0; slot < kRing; ++slot) {
+    for (int slot = 0; slot < kSlots; ++slot) {
       if (first + slot >= chunks) break;
       const int base = begin + (first + slot) * kChunk<W>;
       if constexpr (std::is_same_v<W, Nibbles>) {
@@ -263,7 +271,7 @@ SIMT_FN void multiply_on_tensor_cores(const Operands<T, W, NT>& in, int begin, i
         scale[1] = simt::widen(scales[slot][1]);
         if (((base + kChunk<W>)&group_mask) == 0) flush();
       }
-      if (first + slot + kRing < chunks) fetch(slot, first + slot + kRing);
+      if (first + slot + kSlots < chunks) fetch(slot, first + slot + kSlots);
     }
   }
   if constexpr (kQuantised<W>) flush();
@@ -289,9 +297,11 @@ SIMT_FN A value_of(const simt::Words& words, int i) {
 template <bool kPacked, class T, class W>
 SIMT_FN void multiply_by_fma(const Operands<T, W, 1>& in, int begin, int end, Acc<T> (&sum)[1][4]) {
   using A = Acc<T>;
+  constexpr int kSlots = kRing<W, 1>;
   constexpr int kStep = kEach<W> < 4 ? kEach<W> : 4;  // elements at a time
   const int t = static_cast<int>(threadIdx.x % 4);
   const int chunks = static_cast<int>(ceil_div(end - begin, kChunk<W>));
+  const int ends[2] = {in.w[0] != nullptr ? end : begin, in.w[1] != nullptr ? end : begin};
   const T* x[8];
 #pragma unroll
   for (int row = 0; row < 8; ++row) {
@@ -299,26 +309,26 @@ SIMT_FN void multiply_by_fma(const Operands<T, W, 1>& in, int begin, int end, Ac
     x[row] = reinterpret_cast<const T*>(__shfl_sync(kAll, address, 4 * row));
   }
   A part[2][8] = {};
-  simt::Words ring[kRing][2];
+  simt::Words ring[kSlots][2];
   const auto fetch = [&](int slot, int chunk) {
     const int at = begin + chunk * kChunk<W> + t * kEach<W>;
-    ring[slot][0] = load_weights<W, kPacked>(in.w[0], in.w_step, at, end);
-    ring[slot][1] = load_weights<W, kPacked>(in.w[1], in.w_step, at, end);
+    ring[slot][0] = load_weights<W, kPacked>(in.w[0], in.w_step[0], at, ends[0]);
+    ring[slot][1] = load_weights<W, kPacked>(in.w[1], in.w_step[1], at, ends[1]);
   };
 #pragma unroll
-  for (int slot = 0; slot < kRing; ++slot) {
+  for (int slot = 0; slot < kSlots; ++slot) {
     if (slot < chunks) fetch(slot, slot);
   }
-  for (int first = 0; first < chunks; first += kRing) {
+  for (int first = 0; first < chunks; first += kSlots) {
 #pragma unroll
-    for (int slot = 0; slot < kRing; ++slot) {
+    for (int slot = 0; slot < kSlots; ++slot) {
       if (first + slot >= chunks) break;
       const int at = begin + (first + slot) * kChunk<W> + t * kEach<W>;
       A scale[2] = {1, 1};
       if constexpr (kQuantised<W>) {
-        const int group = (at < end ? at : end - 1) >> in.group_log2;
-        if (in.w[0] != nullptr) scale[0] = simt::widen(in.scale[0][group * in.scale_step]);
-        if (in.w[1] != nullptr) scale[1] = simt::widen(in.scale[1][group * in.scale_step]);
+        const int safe = min(at, end - 1);
+        if (in.w[0] != nullptr) scale[0] = simt::widen(load_scale<kPacked>(in, 0, safe));
+        if (in.w[1] != nullptr) scale[1] = simt::widen(load_scale<kPacked>(in, 1, safe));
       }
 #pragma unroll
       for (int e = 0; e < kEach<W>; e += kStep) {
@@ -338,7 +348,7 @@ SIMT_FN void multiply_by_fma(const Operands<T, W, 1>& in, int begin, int end, Ac
           }
         }
       }
-      if (first + slot + kRing < chunks) fetch(slot, first + slot + kRing);
+      if (first + slot + kSlots < chunks) fetch(slot, first + slot + kSlots);
     }
   }
 #pragma unroll
