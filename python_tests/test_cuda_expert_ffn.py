@@ -64,7 +64,11 @@ def compare(emulated, *args, lay_dy=torch.clone):
     rival = (rounding(*args), *reference.expert_ffn_train(*args)[1:])
     ours = emulated.expert_ffn_train(*args)
     assert_as_accurate(ours, rival, truth, "expert_ffn_train")
-    assert torch.equal(emulated.expert_ffn(*args), ours[0])
+    alone = emulated.expert_ffn(*args)
+    if args[4].numel() > 64:
+        assert torch.equal(alone, ours[0])
+    else:  # few pairs take another way where nothing is kept: test_cuda_expert_ffn_stream.py
+        assert_as_accurate(alone, rival[0], truth[0], "expert_ffn")
     dy = backward_args(args)[0]
     truth, rival = gradients(reference.expert_ffn, dy.double(), *wide), gradients(rounding, dy, *args)
     kept, again = (
@@ -77,7 +81,7 @@ def compare(emulated, *args, lay_dy=torch.clone):
 
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
 SMALL = {
-    "expert_ffn": lambda: ffn_args(20, 40, 136, 3, 2, dtype=torch.bfloat16),
+    "expert_ffn": lambda: ffn_args(33, 40, 136, 3, 2, dtype=torch.bfloat16),  # more than 64 pairs
     "expert_ffn_backward": lambda: backward_args(ffn_args(20, 40, 24, 3, 2, dtype=torch.bfloat16)),
 }
 
