@@ -22,11 +22,10 @@
 //
 // Why tensor cores from one row on. H100: 3.35 TB/s / 132 multiprocessors / 1.75 GHz = 14.5 bytes a
 // cycle, so 1 KiB, what a warp reads with two loads, passes in 71 cycles = 283 issue slots. Weights
-// in bfloat16, R rows: FMA takes 16 conversions + 16 R products a KiB: 32 slots at R = 1, 144 at 8,
-// 272 at
-// 16. mma takes 2 loads, 1 load of activations and 2 mma for 8 rows and about 3 for addresses: 8,
-// and at 64 rows 29; the 16 mma then keep the tensor cores busy for 16 x 2 of the 71 cycles.
-// Others:
+// in bfloat16, R rows: FMA takes 16 conversions and 16 R products a KiB: 32 slots at R = 1, 144 at
+// 8, 272 at 16. mma takes 18.5 as compiled up to 8 rows: 3 loads, 2 mma, 11 moves that bring
+// registers together; 8-bit weights take 106 and 4-bit ones, in groups of 32, 201. 32 rows take 8
+// mma, 16 of the 71 cycles of the tensor cores. Others:
 //
 //            | bytes / cycle / SM | slots a KiB | FMA crossover in bf16 | bytes in flight wanted /
 //            SM
@@ -125,7 +124,8 @@ SIMT_FN T load_scale(const Operands<T, W, NT>& in, int h, int at) {
 
 // ---- Tensor cores
 
-// 16-bit integers below 128 (bf16) or 1024 (f16) as the low bits of kMagic are T: kBase + integer.
+// Integers become T without a conversion: as the low bits of 128 (bf16, 7 bits) or 1024 (f16, 10)
+// they are that much more than themselves, which an addition takes away again, exactly.
 template <class T>
 SIMT_FN uint32_t add_pair(uint32_t a, uint32_t b) {
   if constexpr (std::is_same_v<T, bf16>) {
