@@ -57,9 +57,9 @@ struct FfnLaunch {
 
 constexpr int kMostPairs = 64;
 
-template <class T, class W, int NT>
-constexpr int kWarps =  // so many that 128 or 255 registers do
-    kTensor<T, W> && NT <= (std::is_same_v<W, Nibbles> ? 1 : 2) ? 16 : 8;
+// Warps of a block: so many that 128 or 255 registers do.
+template <class T, class W, int NT, bool kPacked>
+constexpr int kWarps = kPacked && kTensor<T, W> && NT <= (kQuantised<W> ? 1 : 2) ? 16 : 8;
 template <class T, class W, bool kPacked>
 constexpr int kPairs = kPacked ? 8 * kMostTiles<T, W> : 8;  // of a chunk
 
@@ -113,9 +113,9 @@ SIMT_FN void point(const Matrix& m, int64_t expert, int64_t column, const W*& w,
 // T: of x; Out: of `out`, and of the routing weights where they are not float. kDown: the second of
 // the two.
 template <class T, class W, class Out, int NT, bool kPacked, bool kDown>
-__global__ void __launch_bounds__((32 * kWarps<T, W, NT>), 1) ffn_kernel(FfnLaunch p) {
+__global__ void __launch_bounds__((32 * kWarps<T, W, NT, kPacked>), 1) ffn_kernel(FfnLaunch p) {
   using A = Acc<T>;
-  constexpr int kColumns = kDown ? 16 : 8, kBlock = kWarps<T, W, NT>;
+  constexpr int kColumns = kDown ? 16 : 8, kBlock = kWarps<T, W, NT, kPacked>;
   constexpr int kChunkPairs = kPairs<T, W, kPacked>;
   SIMT_SHARED(A, sums, [kBlock * NT * 4 * 32]);
   SIMT_SHARED(uint8_t, orders, [kBlock][32]);
@@ -210,18 +210,19 @@ __global__ void __launch_bounds__((32 * kWarps<T, W, NT>), 1) ffn_kernel(FfnLaun
 template <class Out>
 __global__ void __launch_bounds__(256) ffn_sum_kernel(FfnLaunch p) {
   using A = Acc<Out>;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t token = at / p.columns, column = at % p.columns;
-  if (token >= p.tokens) return;
-  A sum = 0;
-  for (int64_t j = 0; j < p.top_k; ++j) {
-    const int64_t pair = token * p.top_k + j, expert = index_of(p, pair);
-    if (expert < 0) sum += A(NAN);
-    if (p.part == nullptr || expert < 0 || expert >= p.experts) continue;
-    const A* part = static_cast<const A*>(p.part) + pair * p.columns + column;
-    for (int s = 0; s < p.slices; ++s) sum += part[s * p.pairs * p.columns];
+  const int64_t token = blockIdx.x, step = static_cast<int64_t>(gridDim.y) * blockDim.x;
+  const int64_t* index = p.index + token * p.index_strides[0];
+  for (int64_t c = blockIdx.y * blockDim.x + threadIdx.x; c < p.columns; c += step) {
+    A sum = 0;
+    for (int64_t j = 0; j < p.top_k; ++j) {
+      const int64_t expert = index[j * p.index_strides[1]];
+      if (expert < 0) sum += A(NAN);
+      if (p.part == nullptr || expert < 0 || expert >= p.experts) continue;
+      const A* part = static_cast<const A*>(p.part) + (token * p.top_k + j) * p.columns + c;
+      for (int s = 0; s < p.slices; ++s) sum += part[s * p.pairs * p.columns];
+    }
+    static_cast<Out*>(p.out)[token * p.columns + c] = simt::narrow<Out>(sum);
   }
-  static_cast<Out*>(p.out)[at] = simt::narrow<Out>(sum);
 }
 
 // ---- Launches
@@ -263,7 +264,7 @@ Scratch scratch_of(const ExpertFfnParams& p) {
 
 template <class T, class W, class Out, bool kDown, int NT, bool kPacked>
 void launch_tiles(const char* op, FfnLaunch& p, void* stream) {
-  constexpr int kBlock = kWarps<T, W, NT>;
+  constexpr int kBlock = kWarps<T, W, NT, kPacked>;
   const int64_t tiles = ceil_div(p.columns, kDown ? 16 : 8);
   const int parts = warps_to_a_tile<W>(tiles, p.k, kBlock);
   p.split = parts / p.slices > 1 ? parts / p.slices : 1;
@@ -291,6 +292,13 @@ void launch_rows(const char* op, FfnLaunch& p, bool packed, void* stream) {
   } else if constexpr (kMostTiles<T, W> == 4) {
     launch_tiles<T, W, Out, kDown, 4, true>(op, p, stream);
   }
+}
+
+template <class Out>
+void launch_sum(const char* op, const FfnLaunch& p, void* stream) {
+  dim3 blocks = blocks_for(op, p.tokens, 1);
+  blocks.y = static_cast<unsigned>(min(ceil_div(p.columns, 256), int64_t{65535}));
+  simt::launch(op, ffn_sum_kernel<Out>, blocks, dim3(256), 0, stream, p);
 }
 
 // Whether rows of x and of both matrices are whole accesses of 16 bytes.
@@ -332,8 +340,7 @@ void launch_ffn(const char* op, const ExpertFfnParams& p, const Matrix& gate, co
   if (q.pairs == 0 || p.hidden == 0 || p.experts == 0) {
     q.out = p.y;
     q.columns = p.dim;
-    return simt::launch(op, ffn_sum_kernel<T>, blocks_for(op, p.tokens * p.dim, 256), dim3(256), 0,
-                        stream, q);
+    return launch_sum<T>(op, q, stream);
   }
   const Scratch bytes = scratch_of<T, W>(p);
   q.low = gate;
@@ -359,8 +366,7 @@ void launch_ffn(const char* op, const ExpertFfnParams& p, const Matrix& gate, co
   }
   launch_rows<H, W, T, true>(op, q, packs_all<H, W>(q), stream);
   if (bytes.parts > 0) {
-    simt::launch(op, ffn_sum_kernel<T>, blocks_for(op, p.tokens * p.dim, 256), dim3(256), 0, stream,
-                 q);
+    launch_sum<T>(op, q, stream);
   }
 }
 
