@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/expert_ffn.cuh"
+#include "cuda/expert_products.cuh"
 
 namespace synergen::cuda {
 namespace {
@@ -87,8 +87,13 @@ __global__ void __launch_bounds__(32) scatter_pairs_kernel(Forward p) {
     const bool there = has_expert(p, index);
     const unsigned same = __match_any_sync(kAll, there ? static_cast<int>(index) : -1);
     const int rank = __popc(same & ((1u << lane) - 1));
-    __syncwarp();  // the counts of this expert are all told
-    if (there) p.order[next[index] + rank] = static_cast<int32_t>(pair);
+    __syncwarp();  // next is up to date
+    if (there) {
+      const int32_t row = next[index] + rank;
+      p.order[row] = static_cast<int32_t>(pair);
+      p.token_of[row] =
+          static_cast<int32_t>(static_cast<uint32_t>(pair) / static_cast<uint32_t>(p.top_k));
+    }
     __syncwarp();
     if (there && rank == 0) next[index] += __popc(same);
   }
@@ -129,11 +134,10 @@ __global__ void __launch_bounds__(gemm::kThreads) gate_up_kernel(Forward p) {
   const View<G> x = view<G>(p.dtype, p.x, p.x_strides);
   const View<G> gate = view_of_expert<G>(p.expert_dtype, p.gate, p.gate_strides, tile.expert);
   const View<G> up = view_of_expert<G>(p.expert_dtype, p.up, p.up_strides, tile.expert);
-  const uint32_t top_k = static_cast<uint32_t>(p.top_k);
 
   const auto token = [&](int m) {
     if (m >= rows) return x.nowhere();
-    return x.at(static_cast<uint32_t>(p.order[tile.begin + m]) / top_k, 0);
+    return x.at(p.token_of[tile.begin + m], 0);
   };
   const auto column = [&](int n) {
     const int64_t h = first + n / 64 * 32 + n % 32;
@@ -151,8 +155,8 @@ __global__ void __launch_bounds__(gemm::kThreads) gate_up_kernel(Forward p) {
     const int64_t row = tile.begin + m;
     if (p.gate_pre != nullptr) {
       const int64_t at = p.order[row] * p.hidden + h;
-      G::store_run(p.pre, p.gate_pre, at, count, g);
-      G::store_run(p.pre, p.up_pre, at, count, u);
+      G::store_run(p.dtype, p.gate_pre, at, count, g);
+      G::store_run(p.dtype, p.up_pre, at, count, u);
     }
     if (p.activations == nullptr) return;
 #pragma unroll
@@ -221,8 +225,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_tokens_kernel(Forward p
     A none[8];
     for (int i = 0; i < 8; ++i) none[i] = index < 0 ? A(NAN) : A(0);
     for (int64_t h = threadIdx.x * 8; h < p.hidden; h += kFinishThreads * 8) {
-      G::store_run(p.pre, p.gate_pre, pair * p.hidden + h, p.hidden - h, none);
-      G::store_run(p.pre, p.up_pre, pair * p.hidden + h, p.hidden - h, none);
+      G::store_run(p.dtype, p.gate_pre, pair * p.hidden + h, p.hidden - h, none);
+      G::store_run(p.dtype, p.up_pre, pair * p.hidden + h, p.hidden - h, none);
     }
   }
 }
@@ -238,9 +242,9 @@ Forward prepare(const ExpertFfnParams& params) {
 
 int64_t lay_out(Forward& p) {
   Carver carver(p.scratch);
-  carve_routing(carver, p.experts, p);
   carver.take(p.activations, p.pairs * p.hidden * gemm::bytes_of(p.inner));
   carver.take(p.pair_rows, p.top_k > 1 ? p.pairs * p.dim * gemm::bytes_of(p.inner) : 0);
+  carve_routing(carver, p.experts, p);
   return carver.bytes();
 }
 
@@ -267,7 +271,6 @@ Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
                    packs<bf16>(p.gate_pre, 1, nullptr, 0) && packs<bf16>(p.up_pre, 1, nullptr, 0) &&
                    aligned;
   e.inner = e.tensor_cores || p.dtype == DType::kFloat64 ? p.dtype : DType::kFloat32;
-  e.pre = p.dtype;
   e.pairs = p.tokens * p.top_k;
   const int64_t high =
       e.tensor_cores ? gemm::TensorCores<bf16>::kRows : gemm::PlainFma<float>::kRows;
@@ -283,6 +286,7 @@ void carve_routing(Carver& carver, int64_t experts, Experts& e) {
   carver.take(e.offsets, (experts + 1) * 4);
   carver.take(e.row_tiles, e.tiles * static_cast<int64_t>(sizeof(RowTile)));
   carver.take(e.counts, experts * e.count_tiles * 4);
+  carver.take(e.token_of, e.pairs * 4);
 }
 
 void route(const char* op, const Forward& p, void* stream) {

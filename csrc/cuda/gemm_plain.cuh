@@ -172,17 +172,13 @@ struct PlainFma {
     };
 #pragma unroll
     for (int i = 0; i < 4 * 16; ++i) sums.d[i / 16][i % 16] = 0;
-    if (tiles == 0) return;  // all threads together
-
     a.fetch(0);
     b.fetch(0);
     put(0);
     __syncthreads();  // tile 0 is there
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      if (tile + 1 < tiles) {
-        a.fetch((tile + 1) * kDepth);
-        b.fetch((tile + 1) * kDepth);
-      }
+      a.fetch((tile + 1) * kDepth);  // after the last, zeros
+      b.fetch((tile + 1) * kDepth);
       const A *left = buffer(tile) + row, *right = buffer(tile) + kDepth * kLeft + column;
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) {
@@ -197,7 +193,7 @@ struct PlainFma {
           }
         }
       }
-      if (tile + 1 < tiles) put(tile + 1);
+      put(tile + 1);
       __syncthreads();  // the next tile is there, and everybody is done with this one
     }
   }

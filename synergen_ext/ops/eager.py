@@ -75,5 +75,5 @@ def expert_ffn_quantized(
     expert_index: Tensor,
     expert_weight: Tensor | None = None,
 ) -> Tensor:
-    weights = ((gate, gate_scale), (up, up_scale), (down, down_scale))
-    return expert_ffn(x, *(dequantize_weight(*w) for w in weights), expert_index, expert_weight)
+    gate, up = dequantize_weight(gate, gate_scale), dequantize_weight(up, up_scale)
+    return expert_ffn(x, gate, up, dequantize_weight(down, down_scale), expert_index, expert_weight)

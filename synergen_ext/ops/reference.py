@@ -224,9 +224,8 @@ def expert_ffn_quantized(
     expert_index: Tensor,
     expert_weight: Tensor | None = None,
 ) -> Tensor:
-    weights = ((gate, gate_scale), (up, up_scale), (down, down_scale))
-    experts = (dequantize_weight(values, _wide(scale)) for values, scale in weights)
-    return expert_ffn(x, *experts, expert_index, expert_weight)
+    gate, up = (dequantize_weight(v, _wide(scale)) for v, scale in ((gate, gate_scale), (up, up_scale)))
+    return expert_ffn(x, gate, up, dequantize_weight(down, _wide(down_scale)), expert_index, expert_weight)
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
