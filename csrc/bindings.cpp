@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "Tensor expert_index, Tensor? expert_weight, Tensor? gate_pre, Tensor? up_pre, bool need_x, "
       "bool need_experts, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "expert_ffn_quantized(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor gate_scale, "
+      "Tensor up_scale, Tensor down_scale, Tensor expert_index, Tensor? expert_weight) -> Tensor");
+  m.def(
       "sample_tokens(Tensor logits, Tensor seed, Tensor position, Tensor? uncond_logits=None, "
       "Tensor? guidance=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None) "
       "-> (Tensor, Tensor)");
@@ -55,6 +58,7 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
   m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
+  m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 
@@ -72,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
   m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
+  m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 #endif

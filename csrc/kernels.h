@@ -104,6 +104,16 @@ struct ExpertFfnParams {
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
+// expert_ffn with weights of 8 or 4 bits: value times the scale of its group.
+struct ExpertFfnQuantizedParams : ExpertFfnParams {
+  // expert_dtype is int8, or uint8 where a byte holds two weights: then the last sizes of gate, up
+  // and down are half, and every 8 columns lie in 4 bytes as in cuda/stream.cuh.
+  int64_t gate_group, down_group;                  // columns of dim, of hidden that share a scale
+  const void *gate_scale, *up_scale, *down_scale;  // [experts, hidden, dim / gate_group] twice,
+                                                   // [experts, dim, hidden / down_group], of dtype
+  int64_t gate_scale_strides[3], up_scale_strides[3], down_scale_strides[3];
+};
+
 // The gradients of expert_ffn, each contiguous and shaped like what it belongs to, or null where
 // not wanted. y is not used; gate_pre and up_pre are read, or computed again where null.
 struct ExpertFfnBackwardParams : ExpertFfnParams {
@@ -144,6 +154,7 @@ struct SampleTokensParams {
   X(fold_ids, FoldIdsParams)                        \
   X(expert_ffn, ExpertFfnParams)                    \
   X(expert_ffn_backward, ExpertFfnBackwardParams)   \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
   X(sample_tokens, SampleTokensParams)
 
 #define SYNERGEN_CUDA_KERNELS(X)                    \
@@ -155,6 +166,7 @@ struct SampleTokensParams {
   X(fold_ids, FoldIdsParams)                        \
   X(expert_ffn, ExpertFfnParams)                    \
   X(expert_ffn_backward, ExpertFfnBackwardParams)   \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
   X(sample_tokens, SampleTokensParams)
 
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
@@ -163,6 +175,7 @@ struct SampleTokensParams {
   X(fold_tokens_backward, FoldTokensBackwardParams) \
   X(expert_ffn, ExpertFfnParams)                    \
   X(expert_ffn_backward, ExpertFfnBackwardParams)   \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
   X(sample_tokens, SampleTokensParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512

@@ -69,7 +69,11 @@ def compare(emulated, *args, lay_dy=torch.clone):
     rival = (rounding(*args), *reference.expert_ffn_train(*args)[1:])
     ours = emulated.expert_ffn_train(*args)
     assert_as_accurate(ours, rival, truth, "expert_ffn_train")
-    assert torch.equal(emulated.expert_ffn(*args), ours[0])
+    alone = emulated.expert_ffn(*args)
+    if args[4].numel() > 64:
+        assert torch.equal(alone, ours[0])
+    else:  # few pairs take another way where nothing is kept: test_cuda_expert_ffn_stream.py
+        assert_as_accurate(alone, rival[0], truth[0], "expert_ffn")
     dy = backward_args(args)[0]
     truth, rival = gradients(reference.expert_ffn, dy.double(), *wide), gradients(rounding, dy, *args)
     kept, again = (emulated.expert_ffn_backward(lay_dy(dy), *backward_args(args, pre)[1:]) for pre in (ours[1:], None))
@@ -80,7 +84,8 @@ def compare(emulated, *args, lay_dy=torch.clone):
 
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
 SMALL = {
-    "expert_ffn": lambda: ffn_args(20, 200, 40, 2, 2, dtype=torch.bfloat16),  # 7 stages through the 4 there are
+    # More than 64 pairs; 7 stages through the 4 there are.
+    "expert_ffn": lambda: ffn_args(33, 200, 40, 2, 2, dtype=torch.bfloat16),
     "expert_ffn_backward": lambda: backward_args(  # one expert has no rows
         ffn_args(20, 40, 24, 3, 2, dtype=torch.bfloat16, index=torch.tensor([[0, 2], [2, 0]] * 10))
     ),
@@ -224,11 +229,11 @@ def test_expert_ffn_of_every_number_of_rows(emulated, dtype):
     for tokens in (64, 65, 128, 129, 256, 257):
         args = ffn_args(tokens, 8, 8, 3, dtype=dtype)
         index = args[4]
-        ours = emulated.expert_ffn(*args)
+        ours = emulated.expert_ffn_train(*args)[0]
         alone = torch.empty_like(ours)
         for e in range(3):
             one = [args[0][index == e], *args[1:4], index[index == e], None]
-            alone[index == e] = emulated.expert_ffn(*one)
+            alone[index == e] = emulated.expert_ffn_train(*one)[0]
         assert torch.equal(ours, alone)  # rows do not depend on their company
 
 
@@ -301,5 +306,5 @@ def test_expert_ffn_of_nothing(emulated, tokens, dim, hidden, experts, top_k, dt
 
 
 def test_expert_ffn_refuses_more_experts_than_it_can_count(emulated):
-    with pytest.raises(ValueError, match=r"expert_ffn: E must be at most 8192 on CUDA, got 8193"):
-        emulated.expert_ffn(*ffn_args(1, 1, 1, 8193))
+    with pytest.raises(ValueError, match=r"E must be at most 8192 on CUDA, got 8193"):
+        emulated.expert_ffn_train(*ffn_args(1, 1, 1, 8193))

@@ -283,6 +283,24 @@ def test_named_barriers(emulator):
     np.testing.assert_array_equal(out, [4 + np.arange(63, -1, -1), 9 + np.arange(63, -1, -1)])
 
 
+def test_words(emulator, rng):
+    """16 bytes at once; sums of two floats of 16 bits; bytes and bits picked from words."""
+    torch = pytest.importorskip("torch")
+    bf16 = torch.from_numpy(rng.standard_normal((64, 4))).bfloat16()
+    f16 = rng.standard_normal((64, 4)).astype(np.float16)
+    words = np.concatenate([bf16.view(torch.int16).numpy().view(np.uint32), f16.view(np.uint32)], 1)
+    which = rng.integers(0, 0x8888, 64, dtype=np.uint32) & 0x7777
+    out = emulator.probe("words", words, np.empty((64, 8), np.uint32), more=which, block=(64, 1, 1))
+    np.testing.assert_array_equal(out[:, :4], words ^ words[:, ::-1])
+    sums = (bf16[:, :2].float() + bf16[:, 2:].float()).bfloat16()
+    np.testing.assert_array_equal(out[:, 4:5], sums.view(torch.int16).numpy().view(np.uint32))
+    np.testing.assert_array_equal(out[:, 5:6], (f16[:, :2] + f16[:, 2:]).view(np.uint32))
+    np.testing.assert_array_equal(out[:, 6], words[:, 0] & words[:, 1] | words[:, 2])
+    picked = words[:, :2].copy().view(np.uint8)
+    digits = which[:, None] >> (4 * np.arange(4, dtype=np.uint32)) & 7
+    np.testing.assert_array_equal(out[:, 7:].copy().view(np.uint8), np.take_along_axis(picked, digits.astype(int), 1))
+
+
 def test_bits(emulator, rng):
     a = rng.integers(0, 1 << 63, 64, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     a[:4] = [0, 1, 1 << 31, 1 << 63]

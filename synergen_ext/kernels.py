@@ -17,6 +17,7 @@ _kernels = load().kernels
 
 expert_ffn = _kernels.expert_ffn
 expert_ffn_backward = _kernels.expert_ffn_backward
+expert_ffn_quantized = _kernels.expert_ffn_quantized
 expert_ffn_train = _kernels.expert_ffn_train
 fold_ids = _kernels.fold_ids
 fold_tokens = _kernels.fold_tokens
@@ -30,6 +31,7 @@ unfold_ids = _kernels.unfold_ids
 __all__ = [
     "expert_ffn",
     "expert_ffn_backward",
+    "expert_ffn_quantized",
     "expert_ffn_train",
     "fold_ids",
     "fold_tokens",

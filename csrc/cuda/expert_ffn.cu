@@ -317,11 +317,13 @@ void finish_tokens(const char* op, const Forward& p, void* stream) {
 }
 
 int64_t scratch_bytes(const ExpertFfnParams& params) {
+  if (streams(params)) return expert_ffn_stream_scratch(params);
   Forward p = prepare(params);
   return lay_out(p);
 }
 
 void expert_ffn(const ExpertFfnParams& params, void* stream) {
+  if (streams(params)) return expert_ffn_stream(params, stream);
   const char* op = "expert_ffn";
   Forward p = prepare(params);
   lay_out(p);

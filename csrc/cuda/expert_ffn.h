@@ -59,4 +59,9 @@ void gate_up(const char* op, const Forward& p, void* stream);
 // y from pair_rows where top_k > 1; tokens, and rows of gate_pre and up_pre, without an expert.
 void finish_tokens(const char* op, const Forward& p, void* stream);
 
+// expert_ffn_stream.cu: few pairs, whose weights are read as fast as memory gives them.
+bool streams(const ExpertFfnParams& p);
+int64_t expert_ffn_stream_scratch(const ExpertFfnParams& p);
+void expert_ffn_stream(const ExpertFfnParams& p, void* stream);
+
 }  // namespace synergen::cuda

@@ -1,4 +1,4 @@
-#include <algorithm>
+#include "ops/expert_ffn.h"
 
 #include "ops/ops.h"
 
@@ -24,22 +24,11 @@ ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tenso
   if (gate.dtype != DType::kFloat32) check_same_dtype(op, "gate", gate, "x", x);
   check_same_dtype(op, "up", up, "gate", gate);
   check_same_dtype(op, "down", down, "gate", gate);
-  check_dtype(op, "expert_index", index, {DType::kInt64});
-  p.top_k = index.dim() == 2 ? index.size(1) : 1;
-  check_shape(op, "expert_index", index, index.dim() == 2 ? "[T, k]" : "[T]",
-              index.dim() == 2 ? Sizes{p.tokens, p.top_k} : Sizes{p.tokens});
-  for (const auto& [name, t] : {std::pair{"gate", &gate}, std::pair{"up", &up},
-                                std::pair{"down", &down}, std::pair{"expert_index", &index}}) {
+  for (const auto& [name, t] :
+       {std::pair{"gate", &gate}, std::pair{"up", &up}, std::pair{"down", &down}}) {
     check_same_device(op, name, *t, call);
   }
-  if (weight) {
-    check_shape(op, "expert_weight", *weight, "as expert_index", index.sizes);
-    if (weight->dtype != DType::kFloat32) check_same_dtype(op, "expert_weight", *weight, "x", x);
-    check_same_device(op, "expert_weight", *weight, call);
-    p.weight = weight->data;
-    p.weight_dtype = weight->dtype;
-    std::copy_n(weight->strides.begin(), weight->dim(), p.weight_strides);
-  }
+  read_routing(op, call, x, index, weight, p);
 
   p.dtype = x.dtype;
   p.expert_dtype = gate.dtype;
@@ -51,25 +40,7 @@ ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tenso
   std::copy_n(up.strides.begin(), 3, p.up_strides);
   p.down = down.data;
   std::copy_n(down.strides.begin(), 3, p.down_strides);
-  p.index = index.ptr<int64_t>();
-  std::copy_n(index.strides.begin(), index.dim(), p.index_strides);
-  // A CUDA kernel cannot refuse an index without a word to the host; it makes NaN of the results.
-  for (int64_t t = 0; t < p.tokens && !call.device.cuda; ++t) {
-    for (int64_t j = 0; j < p.top_k; ++j) {
-      const int64_t e = p.index[t * p.index_strides[0] + j * p.index_strides[1]];
-      if (e < 0) {
-        refuse(op, ": expert_index must not be negative, got ", e, " at [", t,
-               index.dim() == 2 ? ", " + std::to_string(j) : "", "]");
-      }
-    }
-  }
   return p;
-}
-
-// A sum over nothing is zero. CUDA kernels find that out for themselves.
-void fill_zero(const Tensor& t) {
-  const int64_t size = t.dtype == DType::kFloat64 ? 8 : t.dtype == DType::kFloat32 ? 4 : 2;
-  std::fill_n(static_cast<char*>(t.data), t.numel() * size, 0);
 }
 
 }  // namespace

@@ -36,6 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
     const std::optional<Tensor>& gate_pre, const std::optional<Tensor>& up_pre, bool need_x,
     bool need_experts, bool need_weight);
 
+Tensor expert_ffn_quantized(Call& call, const Tensor& x, const Tensor& gate, const Tensor& up,
+                            const Tensor& down, const Tensor& gate_scale, const Tensor& up_scale,
+                            const Tensor& down_scale, const Tensor& expert_index,
+                            const std::optional<Tensor>& expert_weight);
+
 std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const Tensor& seed,
                                          const Tensor& position,
                                          const std::optional<Tensor>& uncond_logits,

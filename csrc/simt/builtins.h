@@ -112,6 +112,15 @@ inline unsigned __brev(unsigned x) {
   for (int bit = 0; bit < 32; ++bit) reversed |= (x >> bit & 1u) << (31 - bit);
   return reversed;
 }
+// Bytes 0 to 3 are a's, 4 to 7 are b's; each digit of `which` names one.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> 8 * (which >> 4 * i & 7u) & 0xFFu) << 8 * i;
+  }
+  return result;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(uint64_t{a} * b >> 32);
 }

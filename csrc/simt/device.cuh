@@ -50,6 +50,28 @@ SIMT_FN void store_release(uint32_t* p, uint32_t value) {
 // Once in every turn of a loop that waits for another block.
 SIMT_FN void spin_pause() { __nanosleep(20); }
 
+// ---- 16 bytes at a time
+
+struct alignas(16) Words {
+  uint32_t v[4];
+};
+
+// From global or shared memory.
+SIMT_FN Words load16(const void* p) {
+  const uint4 w = *static_cast<const uint4*>(p);
+  return {{w.x, w.y, w.z, w.w}};
+}
+
+// From global memory that nobody writes while the kernel runs and that is read once: past the first
+// cache, 128 bytes to the second.
+SIMT_FN Words load16_once(const void* p) {
+  Words w;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+               : "l"(p));
+  return w;
+}
+
 // ---- Asynchronous copies
 
 SIMT_FN uint32_t shared_address(const void* p) {
@@ -103,6 +125,26 @@ SIMT_FN void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// (a & b) | c, which the compiler splits in two where b and c are constants.
+SIMT_FN uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// Two sums of 16-bit floats, each rounded once. (The multiplication by one is for sm_80, which has
+// no addition of bf16.)
+SIMT_FN uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+  return sum;
+}
+SIMT_FN uint32_t add_f16x2(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
 }
 
 // ---- Arithmetic that trades exactness for speed

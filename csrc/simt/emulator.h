@@ -121,6 +121,12 @@ inline void add_release(uint32_t* p, uint32_t value, Where where = Where::curren
 }
 void spin_pause(Where where = Where::current());
 
+struct alignas(16) [[gnu::may_alias]] Words {
+  uint32_t v[4];
+};
+SIMT_FN Words load16(const void* p) { return *static_cast<const Words*>(p); }
+SIMT_FN Words load16_once(const void* p) { return *static_cast<const Words*>(p); }
+
 void cp_async16(void* shared, const void* global, bool valid, Where where = Where::current());
 void cp_async_commit();
 void wait_for_copies(int groups_left);
@@ -135,6 +141,20 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
               Where where = Where::current());
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
              Where where = Where::current());
+
+SIMT_FN uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+template <class T>
+uint32_t add_pairs(uint32_t a, uint32_t b) {
+  uint32_t sum = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const float x = widen(T{static_cast<uint16_t>(a >> half)});
+    const float y = widen(T{static_cast<uint16_t>(b >> half)});
+    sum |= uint32_t{narrow<T>(x + y).bits} << half;
+  }
+  return sum;
+}
+SIMT_FN uint32_t add_bf16x2(uint32_t a, uint32_t b) { return add_pairs<bf16>(a, b); }
+SIMT_FN uint32_t add_f16x2(uint32_t a, uint32_t b) { return add_pairs<f16>(a, b); }
 
 inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_log(float x) { return std::log(x); }

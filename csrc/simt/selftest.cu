@@ -81,6 +81,20 @@ __global__ void bits_kernel(ProbeParams p) {
   out[7] = __umul64hi(a, b);
 }
 
+// Each thread reads 16 bytes of `in`, twice, and one word of `more`.
+__global__ void words_kernel(ProbeParams p) {
+  const int i = threadIdx.x;
+  const Words a = load16(static_cast<const char*>(p.in) + 16 * i);
+  const Words again = load16_once(static_cast<const char*>(p.in) + 16 * i);
+  const uint32_t which = static_cast<const uint32_t*>(p.more)[i];
+  uint32_t* out = static_cast<uint32_t*>(p.out) + 8 * i;
+  for (int j = 0; j < 4; ++j) out[j] = a.v[j] ^ again.v[3 - j];
+  out[4] = add_bf16x2(a.v[0], a.v[1]);
+  out[5] = add_f16x2(a.v[2], a.v[3]);
+  out[6] = and_or(a.v[0], a.v[1], a.v[2]);
+  out[7] = __byte_perm(a.v[0], a.v[1], which);
+}
+
 // Every thread of the grid updates the same words.
 __global__ void atomic_kernel(ProbeParams p) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -201,6 +215,7 @@ const Probe kProbes[] = {
     {"vote", vote_kernel, 0},
     {"block_vote", block_vote_kernel, 0},
     {"bits", bits_kernel, 0},
+    {"words", words_kernel, 0},
     {"atomic", atomic_kernel, 0},
     {"mma_bf16", mma_kernel<false>, 0},
     {"mma_f16", mma_kernel<true>, 0},

@@ -12,7 +12,9 @@ what they race against and what training on a CPU uses under autocast:
 from . import reference
 from ._backend import backend, current_backend, set_backend
 from .expert_ffn import expert_ffn
+from .expert_ffn_quantized import expert_ffn_quantized
 from .fold_tokens import fold_ids, fold_tokens, unfold_ids
+from .reference import dequantize_weight, quantize_weight
 from .rms_norm import rms_norm
 from .rope import rope
 from .sample_tokens import sample_tokens
@@ -20,9 +22,12 @@ from .sample_tokens import sample_tokens
 __all__ = [
     "backend",
     "current_backend",
+    "dequantize_weight",
     "expert_ffn",
+    "expert_ffn_quantized",
     "fold_ids",
     "fold_tokens",
+    "quantize_weight",
     "reference",
     "rms_norm",
     "rope",

@@ -8,9 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import fold_ids, fold_tokens, rope, sample_tokens, unfold_ids
+from .reference import (
+    dequantize_weight,
+    fold_ids,
+    fold_tokens,
+    quantize_weight,
+    rope,
+    sample_tokens,
+    unfold_ids,
+)
 
-__all__ = ["expert_ffn", "fold_ids", "fold_tokens", "rms_norm", "rope", "sample_tokens", "unfold_ids"]
+__all__ = [
+    "dequantize_weight",
+    "expert_ffn",
+    "expert_ffn_quantized",
+    "fold_ids",
+    "fold_tokens",
+    "quantize_weight",
+    "rms_norm",
+    "rope",
+    "sample_tokens",
+    "unfold_ids",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -43,3 +62,18 @@ def expert_ffn(
             out = out * weight[token, slot, None]
         y = y.index_add(0, token, out)
     return y.to(x.dtype)
+
+
+def expert_ffn_quantized(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_scale: Tensor,
+    up_scale: Tensor,
+    down_scale: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None = None,
+) -> Tensor:
+    gate, up = dequantize_weight(gate, gate_scale), dequantize_weight(up, up_scale)
+    return expert_ffn(x, gate, up, dequantize_weight(down, down_scale), expert_index, expert_weight)

@@ -159,6 +159,75 @@ def expert_ffn_backward(
     )
 
 
+def quantize_weight(w: Tensor, bits: int, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Integers and scales with w ~ integer * scale, symmetric: the largest of a group is 127, or 7, scales.
+
+    Args:
+        w: [..., K], float64, float32, bfloat16 or float16, finite.
+        bits: 8 or 4. With 4, K must be a multiple of 8.
+        group: neighbours along K that share a scale, a power of two that divides K, at least 64 (8 bits) or 32
+            (4 bits); or None: the row.
+
+    Returns:
+        int8 [..., K] or, with 4 bits, uint8 [..., K / 2]; and scales [..., K / group], the dtype of w. A byte holds two
+        integers plus 8, the first in its low half; of each 8 columns they are 0, 2, 4, 6, 1, 3, 5, 7.
+
+    Raises:
+        ValueError: bits, group, K or a value does not fit.
+    """
+    columns = w.shape[-1]
+    if bits not in (4, 8):
+        raise ValueError(f"quantize_weight: bits must be 8 or 4, got {bits}")
+    if bits == 4 and columns % 8:
+        raise ValueError(f"quantize_weight: w must have a multiple of 8 columns for 4 bits, got {columns}")
+    least = 64 if bits == 8 else 32
+    if group is not None and group != columns and (group < least or group & (group - 1) or columns % group):
+        raise ValueError(
+            f"quantize_weight: group must be a power of two that divides {columns}, at least {least}, or None, "
+            f"got {group}"
+        )
+    if not w.isfinite().all():
+        raise ValueError("quantize_weight: w must be finite")
+    most = 2 ** (bits - 1) - 1
+    groups = columns // (group or columns) if columns else 1
+    wide = _wide(w).unflatten(-1, (groups, columns // groups))
+    scale = (wide.abs().amax(-1) / most if columns else wide.new_ones(*w.shape[:-1], 1)).to(w.dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a group of zeros
+    integers = (wide / _wide(scale)[..., None]).round().clamp(-most, most).to(torch.int8).flatten(-2)
+    if bits == 8:
+        return integers, scale
+    pairs = (integers + 8).unflatten(-1, (columns // 8, 4, 2)).transpose(-1, -2).reshape(*w.shape[:-1], columns // 2, 2)
+    return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8), scale
+
+
+def dequantize_weight(values: Tensor, scale: Tensor) -> Tensor:
+    """integer * scale, of what `quantize_weight` makes: int8, or uint8 with two of 4 bits; the dtype of scale."""
+    if values.dtype == torch.uint8:
+        columns = values.shape[-1] * 2
+        pairs = torch.stack((values & 15, values >> 4), -1).to(torch.int8) - 8
+        values = (
+            pairs.reshape(*values.shape[:-1], columns // 8, 2, 4).transpose(-1, -2).reshape(*values.shape[:-1], columns)
+        )
+    groups = scale.shape[-1]
+    wide = values.unflatten(-1, (groups, values.shape[-1] // groups)).to(_wide(scale).dtype)
+    return (wide * _wide(scale)[..., None]).flatten(-2).to(scale.dtype)
+
+
+def expert_ffn_quantized(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_scale: Tensor,
+    up_scale: Tensor,
+    down_scale: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor | None = None,
+) -> Tensor:
+    gate, up = (dequantize_weight(v, _wide(scale)) for v, scale in ((gate, gate_scale), (up, up_scale)))
+    return expert_ffn(x, gate, up, dequantize_weight(down, _wide(down_scale)), expert_index, expert_weight)
+
+
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al., SC 2011): counter [..., 4] and key [..., 2] -> [..., 4]."""
     low = 0xFFFFFFFF
