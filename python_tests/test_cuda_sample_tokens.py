@@ -24,7 +24,7 @@ def sample_args(rows, vocab, dtype=torch.float32, seed=0, grid=0.0, **options):
 
 
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
-SMALL = {"sample_tokens": lambda: sample_args(3, 300, torch.bfloat16, grid=0.5, top_k=200, top_p=0.8)}
+SMALL = {"sample_tokens": lambda: sample_args(3, 9001, torch.bfloat16, grid=0.5, top_k=5000, top_p=0.8)}
 
 
 def sanitized():

@@ -54,6 +54,8 @@ SIMT_FN double logit_of(uint64_t key) {
   const uint64_t sign = uint64_t{1} << 63;
   return __longlong_as_double(static_cast<int64_t>(key & sign ? key ^ sign : ~key));
 }
+SIMT_FN int bit_width(uint32_t x) { return 32 - __clz(static_cast<int>(x)); }
+SIMT_FN int bit_width(uint64_t x) { return 64 - __clzll(static_cast<int64_t>(x)); }
 template <class A>
 using KeyOf = decltype(key_of(A{}));
 
@@ -117,14 +119,11 @@ struct RowLogits {
 
 // ---- Masses
 
-// e^x for x <= 0, the arithmetic of the CPU kernel step by step; below -64 as at -64: no mass.
-SIMT_FN double exp_below_zero(double x) {
-  x = x > -64.0 ? x : -64.0;
+// x = e^x for x <= 0, the arithmetic of the CPU kernel step by step; below -64 as at -64: no mass.
+// All N go through each step together: a constant is two instructions, and is loaded once for N.
+template <int N>
+SIMT_FN void exp_below_zero(double (&x)[N]) {
   constexpr double kRound = 0x1.8p52 + 1023;  // leaves the rounded integer as an exponent field
-  const double t = __dadd_rn(__dmul_rn(x, 1.4426950408889634074), kRound);
-  const double n = __dsub_rn(t, kRound);
-  double r = __dsub_rn(x, __dmul_rn(n, 0x1.62e42fee00000p-1));
-  r = __dsub_rn(r, __dmul_rn(n, 0x1.a39ef35793c76p-33));
   constexpr double kTerms[] = {1.0 / 479001600,
                                1.0 / 39916800,
                                1.0 / 3628800,
@@ -138,11 +137,27 @@ SIMT_FN double exp_below_zero(double x) {
                                0.5,
                                1.0,
                                1.0};
-  double sum = 1.0 / 6227020800;
+  double r[N], sum[N];
+  uint64_t power[N];
 #pragma unroll
-  for (double term : kTerms) sum = __dadd_rn(__dmul_rn(sum, r), term);
-  const uint64_t power = static_cast<uint64_t>(__double_as_longlong(t)) << 52;
-  return __dmul_rn(sum, __longlong_as_double(static_cast<int64_t>(power)));
+  for (int e = 0; e < N; ++e) {
+    const double z = x[e] > -64.0 ? x[e] : -64.0;
+    const double t = __dadd_rn(__dmul_rn(z, 1.4426950408889634074), kRound);
+    const double n = __dsub_rn(t, kRound);
+    r[e] = __dsub_rn(z, __dmul_rn(n, 0x1.62e42fee00000p-1));
+    r[e] = __dsub_rn(r[e], __dmul_rn(n, 0x1.a39ef35793c76p-33));
+    power[e] = static_cast<uint64_t>(__double_as_longlong(t)) << 52;
+    sum[e] = 1.0 / 6227020800;
+  }
+#pragma unroll
+  for (double term : kTerms) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) sum[e] = __dadd_rn(__dmul_rn(sum[e], r[e]), term);
+  }
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    x[e] = __dmul_rn(sum[e], __longlong_as_double(static_cast<int64_t>(power[e])));
+  }
 }
 
 // The first bit of a mass is worth 2^-bits: vocab * 2^bits <= 2^62.
@@ -155,11 +170,20 @@ inline int mass_bits(int64_t vocab) {
 // ---- What the threads of a block tell each other
 
 struct SampleBoard {
-  alignas(16) uint32_t low[kSampleBins], high[kSampleBins];  // halves of what the bins weigh
+  // Zero, but between the counting of digits and pick_bin.
+  alignas(16) uint32_t members[kSampleBins];                 // of each bin
+  alignas(16) uint32_t low[kSampleBins], high[kSampleBins];  // halves of what they weigh together
   uint64_t words[kSampleWarps];
-  uint64_t before, inside;  // of the chosen bin: what comes before it, and what is in it
-  uint32_t chosen;
+  uint64_t before, inside;  // of the chosen bin: the weight of all before it, and its own
+  uint32_t chosen, chosen_members;
 };
+
+// Four bins of a thread, which are zero afterwards.
+SIMT_FN Pack<uint32_t, kBinsEach> take_bins(uint32_t* bins) {
+  const auto mine = load_pack<kBinsEach>(bins, threadIdx.x, 1);
+  store_pack(bins, threadIdx.x, Pack<uint32_t, kBinsEach>{});
+  return mine;
+}
 
 // join(words of all threads) in every thread; join must not care for order.
 template <class Join>
@@ -203,10 +227,11 @@ SIMT_FN uint64_t block_scan(uint64_t own, SampleBoard& board, uint64_t& total) {
   return sum - own + (warp > 0 ? before : 0);
 }
 
-// The bin of 2,048 in which the running weight reaches goal(total): its number, the weight before
-// it and in it are on the board. Thread t has the weights of bins 4 t to 4 t + 3.
+// The bin of 2,048 in which the running weight reaches goal(total): its number, its members, their
+// weight and the weight before it are on the board. Thread t has bins 4 t to 4 t + 3.
 template <class Goal>
-SIMT_FN void pick_bin(const uint64_t (&weights)[kBinsEach], SampleBoard& board, const Goal& goal) {
+SIMT_FN void pick_bin(const uint32_t (&members)[kBinsEach], const uint64_t (&weights)[kBinsEach],
+                      SampleBoard& board, const Goal& goal) {
   uint64_t own = 0, total;
 #pragma unroll
   for (int b = 0; b < kBinsEach; ++b) own += weights[b];
@@ -216,6 +241,7 @@ SIMT_FN void pick_bin(const uint64_t (&weights)[kBinsEach], SampleBoard& board, 
   for (int b = 0; b < kBinsEach; ++b) {
     if (before < target && target <= before + weights[b]) {
       board.chosen = threadIdx.x * kBinsEach + static_cast<uint32_t>(b);
+      board.chosen_members = members[b];
       board.before = before;
       board.inside = weights[b];
     }
@@ -239,7 +265,7 @@ struct SampleScratch {
   Key* keys;             // [tiles, 4096] the list
   uint32_t* ids;         // [tiles, 4096]
 
-  SIMT_FN SampleScratch row(int64_t r, int64_t tiles) const {
+  SIMT_FN SampleScratch row(int64_t r, int tiles) const {
     const int64_t at = r * tiles;
     return {most + at,
             first + at,
@@ -303,24 +329,25 @@ class RowSampler {
 
  public:
   SIMT_FN RowSampler(const Logits& logits, const SampleOptions& options,
-                     const SampleScratch<Key>& scratch, int64_t part, int64_t parts,
-                     SampleBoard& board)
+                     const SampleScratch<Key>& scratch, int part, int parts, SampleBoard& board)
       : logits_(logits),
         options_(options),
         scratch_(scratch),
         part_(part),
         parts_(parts),
-        tiles_(ceil_div(logits.vocab, kSampleTile)),
+        tiles_(static_cast<int>(ceil_div(logits.vocab, kSampleTile))),
         board_(board) {}
 
   SIMT_FN void scan() {
     const bool counting = options_.temperature != 0 && options_.top_k > 0;
-    if (counting) clear(board_.low);
+    clear(board_.members);
+    clear(board_.low);
+    clear(board_.high);
     __syncthreads();
     Key most = least();
     uint32_t first = 0;
-    for (int64_t tile = part_; tile < tiles_; tile += parts_) {
-      const int64_t i = tile * kSampleTile + threadIdx.x * kSampleEach;
+    for (int tile = part_; tile < tiles_; tile += parts_) {
+      const int64_t i = first_token(tile);
       Key keys[kSampleEach];
       logits_.keys(i, keys);
 #pragma unroll
@@ -329,7 +356,7 @@ class RowSampler {
           most = keys[e];
           first = static_cast<uint32_t>(i + e);
         }
-        if (counting && keys[e] > least()) atomicAdd(&board_.low[first_digit(keys[e])], 1u);
+        if (counting && keys[e] > least()) atomicAdd(&board_.members[first_digit(keys[e])], 1u);
       }
     }
     const Key own = most;
@@ -345,17 +372,15 @@ class RowSampler {
       if (part_ == 0) *scratch_.arrived = 0;
     }
     if (counting) {
-      uint32_t* counts = scratch_.counts + part_ * kSampleBins;
-      for (int b = static_cast<int>(threadIdx.x); b < kSampleBins; b += kSampleThreads) {
-        counts[b] = board_.low[b];
-      }
+      store_pack(scratch_.counts + int64_t{part_} * kSampleBins, threadIdx.x,
+                 take_bins(board_.members));
     }
   }
 
   // False where the row has its answer already.
   SIMT_FN bool weigh() {
     most_ = scratch_.most[0];
-    for (int64_t p = 1; p < parts_; ++p) {
+    for (int p = 1; p < parts_; ++p) {
       const Key other = scratch_.most[p];
       most_ = other > most_ ? other : most_;
     }
@@ -363,7 +388,7 @@ class RowSampler {
     if (most_ == least() || most_ >= key_of(infinity<A>())) return false;
     if (options_.temperature == 0) {
       answer_ = INT64_MAX;
-      for (int64_t p = 0; p < parts_; ++p) {
+      for (int p = 0; p < parts_; ++p) {
         const int64_t first = scratch_.first[p];
         if (scratch_.most[p] == most_ && first < answer_) answer_ = first;
       }
@@ -372,7 +397,7 @@ class RowSampler {
     floor_ = least() + 1;
     if (options_.top_k > 0) count_down();
     filtered_ = cut_short_ || options_.top_p < 1;
-    for (int64_t tile = part_; tile < tiles_; tile += parts_) {
+    for (int tile = part_; tile < tiles_; tile += parts_) {
       if (filtered_) {
         list(tile);
       } else {
@@ -390,7 +415,10 @@ class RowSampler {
       if (cut_short_ && left_ < inside_) {
         keep(false, floor_, kKeyBits - kSampleDigit, left_);
       }
-      if (options_.top_p < 1) keep(true, 0, kKeyBits, 0);
+      if (options_.top_p < 1) {
+        // The bits that the largest key and the floor share, all between them share.
+        keep(true, most_, bit_width(most_ ^ floor_), 0);
+      }
       weigh_tiles();
     }
     return invert();
@@ -404,19 +432,27 @@ class RowSampler {
   }
 
   SIMT_FN static void clear(uint32_t* bins) {
-    for (int b = static_cast<int>(threadIdx.x); b < kSampleBins; b += kSampleThreads) bins[b] = 0;
+    store_pack(bins, threadIdx.x, Pack<uint32_t, kBinsEach>{});
+  }
+  // Of this thread, in a tile.
+  SIMT_FN static int64_t first_token(int tile) {
+    return int64_t{tile} * kSampleTile + threadIdx.x * kSampleEach;
   }
 
   // Where the k-th key must be: floor_, and how many of that bin stay.
   SIMT_FN void count_down() {
-    uint64_t weights[kBinsEach] = {};
-    for (int64_t p = 0; p < parts_; ++p) {
-      const auto counts = load_pack<kBinsEach>(scratch_.counts + p * kSampleBins, threadIdx.x, 1);
+    uint32_t members[kBinsEach] = {};
+    uint64_t weights[kBinsEach];
+    for (int p = 0; p < parts_; ++p) {
+      const auto counts =
+          load_pack<kBinsEach>(scratch_.counts + int64_t{p} * kSampleBins, threadIdx.x, 1);
 #pragma unroll
-      for (int b = 0; b < kBinsEach; ++b) weights[b] += counts.v[b];
+      for (int b = 0; b < kBinsEach; ++b) members[b] += counts.v[b];
     }
+#pragma unroll
+    for (int b = 0; b < kBinsEach; ++b) weights[b] = members[b];
     const uint64_t k = static_cast<uint64_t>(options_.top_k);
-    pick_bin(weights, board_, [&](uint64_t total) {
+    pick_bin(members, weights, board_, [&](uint64_t total) {
       cut_short_ = k < total;
       return k;
     });
@@ -426,23 +462,35 @@ class RowSampler {
     inside_ = board_.inside;
   }
 
-  // mass = exp((l - max) / T) * 2^bits, rounded to an integer by adding 2^52.
-  SIMT_FN uint64_t mass_of(Key key) const {
-    double z = static_cast<double>(logit_of(key)) - static_cast<double>(logit_of(most_));
-    if (options_.temperature != 1) z = __ddiv_rn(z, options_.temperature);
+  // mass = exp((l - max) / T) * 2^bits, rounded to an integer by adding 2^52; 0 for -infinity.
+  template <int N>
+  SIMT_FN void weigh_keys(const Key (&keys)[N], uint64_t (&masses)[N]) const {
+    const double most = static_cast<double>(logit_of(most_));
     const double scale = static_cast<double>(uint64_t{1} << options_.bits);
-    const double rounded = __dadd_rn(__dmul_rn(exp_below_zero(z), scale), 0x1p52);
-    return static_cast<uint64_t>(__double_as_longlong(rounded)) & ((uint64_t{1} << 52) - 1);
+    double x[N];
+#pragma unroll
+    for (int e = 0; e < N; ++e) x[e] = static_cast<double>(logit_of(keys[e])) - most;
+    if (options_.temperature != 1) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) x[e] = __ddiv_rn(x[e], options_.temperature);
+    }
+    exp_below_zero(x);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const double rounded = __dadd_rn(__dmul_rn(x[e], scale), 0x1p52);
+      masses[e] = static_cast<uint64_t>(__double_as_longlong(rounded)) & ((uint64_t{1} << 52) - 1);
+    }
   }
 
   // Without filters: what each thread's tokens weigh together, and the tile.
-  SIMT_FN void add_up(int64_t tile) {
+  SIMT_FN void add_up(int tile) {
     Key keys[kSampleEach];
-    logits_.keys(tile * kSampleTile + threadIdx.x * kSampleEach, keys);
-    uint64_t own = 0;
+    uint64_t masses[kSampleEach], own = 0;
+    logits_.keys(first_token(tile), keys);
+    weigh_keys(keys, masses);
 #pragma unroll
-    for (int e = 0; e < kSampleEach; ++e) own += keys[e] > least() ? mass_of(keys[e]) : 0;
-    scratch_.mass[tile * kSampleTile + threadIdx.x] = own;
+    for (int e = 0; e < kSampleEach; ++e) own += masses[e];
+    scratch_.mass[int64_t{tile} * kSampleTile + threadIdx.x] = own;
     const uint64_t total = block_join(own, board_, [](uint64_t a, uint64_t b) { return a + b; });
     if (threadIdx.x == 0) scratch_.tile_mass[tile] = total;
   }
@@ -450,9 +498,8 @@ class RowSampler {
   // With filters: the tile's tokens from floor_ on, in the order of their ids. Masses are computed
   // once the few that top-k leaves have been put together: spread over the warps they would cost as
   // much as all.
-  SIMT_FN void list(int64_t tile) {
-    const int64_t i = tile * kSampleTile + threadIdx.x * kSampleEach;
-    const int64_t base = tile * kSampleTile;
+  SIMT_FN void list(int tile) {
+    const int64_t i = first_token(tile), base = int64_t{tile} * kSampleTile;
     Key keys[kSampleEach];
     logits_.keys(i, keys);
     uint64_t own = 0, total;
@@ -469,54 +516,81 @@ class RowSampler {
     }
     if (threadIdx.x == 0) scratch_.tile_count[tile] = static_cast<uint32_t>(total);
     __syncthreads();
-    for (int64_t j = threadIdx.x; j < static_cast<int64_t>(total); j += kSampleThreads) {
-      scratch_.mass[base + j] = mass_of(scratch_.keys[base + j]);
+    // Two at a time, so that one thread's chain of additions does not wait for itself.
+    const int count = static_cast<int>(total);
+    for (int j = static_cast<int>(threadIdx.x); j < count; j += 2 * kSampleThreads) {
+      const bool second = j + kSampleThreads < count;
+      const Key pair[2] = {scratch_.keys[base + j],
+                           second ? scratch_.keys[base + j + kSampleThreads] : least()};
+      uint64_t masses[2];
+      weigh_keys(pair, masses);
+      scratch_.mass[base + j] = masses[0];
+      if (second) scratch_.mass[base + j + kSampleThreads] = masses[1];
     }
   }
 
-  // visit(place) for every place of the list, each by one thread: as many warps to a tile as there
-  // are, or several tiles to a warp.
+  SIMT_FN bool stays(Key key, int64_t place) const {
+    return key > floor_ || (key == floor_ && (last_id_ == ~0u || scratch_.ids[place] <= last_id_));
+  }
+
+  // visit(place, key, mass) for every place of the list that stays, each by one thread: as many
+  // warps to a tile as there are, or several tiles to a warp. A thread asks for eight places
+  // before it waits for the first. mass is 0 where not by_mass.
   template <class Visit>
-  SIMT_FN void for_list(const Visit& visit) const {
-    const int64_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t ways = tiles_ < kSampleWarps ? kSampleWarps / tiles_ : 1;
-    for (int64_t unit = warp; unit < tiles_ * ways; unit += kSampleWarps) {
-      const int64_t tile = unit / ways, count = scratch_.tile_count[tile];
-      for (int64_t j = unit % ways * 32 + lane; j < count; j += ways * 32) {
-        visit(tile * kSampleTile + j);
+  SIMT_FN void for_list(bool by_mass, const Visit& visit) const {
+    constexpr int kAhead = 8;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    const int ways = tiles_ < kSampleWarps ? kSampleWarps / tiles_ : 1;
+    for (int unit = warp; unit < tiles_ * ways; unit += kSampleWarps) {
+      const int tile = unit / ways, count = static_cast<int>(scratch_.tile_count[tile]);
+      const int64_t base = int64_t{tile} * kSampleTile;
+      for (int j = unit % ways * 32 + lane; j < count; j += kAhead * ways * 32) {
+        Key keys[kAhead];
+        uint64_t masses[kAhead] = {};
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          const int place = j + a * ways * 32;
+          keys[a] = place < count ? scratch_.keys[base + place] : least();
+        }
+        if (by_mass) {
+#pragma unroll
+          for (int a = 0; a < kAhead; ++a) {
+            const int place = j + a * ways * 32;
+            if (place < count) masses[a] = scratch_.mass[base + place];
+          }
+        }
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          const int64_t place = base + j + a * ways * 32;
+          if (stays(keys[a], place)) visit(place, keys[a], masses[a]);
+        }
       }
     }
   }
 
-  SIMT_FN bool stays(int64_t place) const {
-    const Key key = scratch_.keys[place];
-    return key > floor_ || (key == floor_ && scratch_.ids[place] <= last_id_);
-  }
-
-  // Adds up the list's weights, masses or ones, by digit_of(place) where it is a digit; then
+  // Adds up the list's weights, masses or ones, by digit_of(place, key) where it is a digit; then
   // pick_bin.
   template <class Digit, class Goal>
   SIMT_FN void choose_digit(bool by_mass, const Digit& digit_of, const Goal& goal) {
-    clear(board_.low);
-    clear(board_.high);
-    __syncthreads();
-    for_list([&](int64_t place) {
-      const uint32_t digit = digit_of(place);
+    for_list(by_mass, [&](int64_t place, Key key, uint64_t mass) {
+      const uint32_t digit = digit_of(place, key);
       if (digit >= kSampleBins) return;
-      const uint64_t weight = by_mass ? scratch_.mass[place] : 1;
-      const uint32_t low = static_cast<uint32_t>(weight);
+      atomicAdd(&board_.members[digit], 1u);
+      if (!by_mass) return;
+      const uint32_t low = static_cast<uint32_t>(mass);
       const uint32_t carry = atomicAdd(&board_.low[digit], low) + low < low;
-      const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
+      const uint32_t high = static_cast<uint32_t>(mass >> 32) + carry;
       if (high != 0) atomicAdd(&board_.high[digit], high);
     });
     __syncthreads();
+    const auto members = take_bins(board_.members);
+    const auto low = take_bins(board_.low), high = take_bins(board_.high);
     uint64_t weights[kBinsEach];
 #pragma unroll
     for (int b = 0; b < kBinsEach; ++b) {
-      const unsigned bin = threadIdx.x * kBinsEach + static_cast<unsigned>(b);
-      weights[b] = uint64_t{board_.high[bin]} << 32 | board_.low[bin];
+      weights[b] = by_mass ? uint64_t{high.v[b]} << 32 | low.v[b] : members.v[b];
     }
-    pick_bin(weights, board_, goal);
+    pick_bin(members.v, weights, board_, goal);
   }
 
   // Keeps of the list the shortest prefix, in the order of falling logits and rising ids, whose
@@ -535,23 +609,23 @@ class RowSampler {
       }
       return target;
     };
-    Key known = unknown < kKeyBits ? ~Key{0} << unknown : 0;
+    Key known = unknown < kKeyBits ? static_cast<Key>(~Key{0} << unknown) : 0;
+    prefix &= known;
     uint32_t last = ~0u;
-    bool all = false;  // of the chosen bin
+    bool all = false;  // of the chosen bin stays
     while (unknown > 0 && !all) {
       const int width = unknown < kSampleDigit ? unknown : kSampleDigit;
       unknown -= width;
       const uint32_t digits = (1u << width) - 1;
       choose_digit(
           by_mass,
-          [&](int64_t place) {
-            const Key key = scratch_.keys[place];
-            if ((key & known) != prefix || !stays(place)) return kNone;
+          [&](int64_t, Key key) {
+            if ((key & known) != prefix) return kNone;
             return static_cast<uint32_t>(~key >> unknown) & digits;
           },
           goal);
       target -= board_.before;
-      all = target == board_.inside;
+      all = target == board_.inside || board_.chosen_members == 1;
       prefix |= static_cast<Key>(~board_.chosen & digits) << unknown;
       known |= static_cast<Key>(digits) << unknown;
     }
@@ -561,16 +635,14 @@ class RowSampler {
     for (; shift >= 0 && !all; shift -= kSampleDigit) {
       choose_digit(
           by_mass,
-          [&](int64_t place) {
+          [&](int64_t place, Key key) {
+            if (key != prefix) return kNone;
             const uint32_t own = scratch_.ids[place];
-            if (scratch_.keys[place] != prefix || (own & id_known) != id || !stays(place)) {
-              return kNone;
-            }
-            return own >> shift & (kSampleBins - 1);
+            return (own & id_known) == id ? own >> shift & (kSampleBins - 1) : kNone;
           },
           goal);
       target -= board_.before;
-      all = target == board_.inside;
+      all = target == board_.inside || board_.chosen_members == 1;
       id |= board_.chosen << shift;
       id_known |= static_cast<uint32_t>(kSampleBins - 1) << shift;
       last = id | ((1u << shift) - 1);
@@ -582,40 +654,43 @@ class RowSampler {
 
   // What is left of each tile's mass, a warp a tile.
   SIMT_FN void weigh_tiles() {
-    const unsigned lane = threadIdx.x % 32;
-    for (int64_t tile = threadIdx.x / 32; tile < tiles_; tile += kSampleWarps) {
-      const int64_t base = tile * kSampleTile, count = scratch_.tile_count[tile];
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    for (int tile = static_cast<int>(threadIdx.x / 32); tile < tiles_; tile += kSampleWarps) {
       uint64_t own = 0;
-      for (int64_t j = lane; j < count; j += 32) {
-        own += stays(base + j) ? scratch_.mass[base + j] : 0;
-      }
+      const int count = static_cast<int>(scratch_.tile_count[tile]);
+#pragma unroll 4
+      for (int j = lane; j < count; j += 32) own += mass_left(tile, j);
       own = warp_sum(own);
       if (lane == 0) scratch_.tile_mass[tile] = own;
     }
     __syncthreads();
   }
+  SIMT_FN uint64_t mass_left(int tile, int j) const {
+    const int64_t place = int64_t{tile} * kSampleTile + j;
+    const uint64_t mass = scratch_.mass[place];
+    return stays(scratch_.keys[place], place) ? mass : 0;
+  }
 
   // The first id, in the order of the vocabulary, where the running mass exceeds u * total, u = (2
   // word + 1) / 2^33: its tile, the thread's share of the tile, the token.
   SIMT_FN int64_t invert() {
+    const int lane = static_cast<int>(threadIdx.x % 32);
     uint64_t total = 0;
-    for (int64_t t = 0; t < tiles_; ++t) total += scratch_.tile_mass[t];
+    for (int t = lane; t < tiles_; t += 32) total += scratch_.tile_mass[t];
+    total = warp_sum(total);
     const uint64_t u = 2 * uint64_t{options_.word} + 1;
     uint64_t rest = __umul64hi(u, total) << 31 | u * total >> 33;
-    int64_t tile = 0;
+    int tile = 0;
     for (uint64_t mass; rest >= (mass = scratch_.tile_mass[tile]); ++tile) rest -= mass;
-    const int64_t base = tile * kSampleTile;
     // A thread's share is its eight tokens, or as much of the list.
-    const int64_t count = filtered_ ? scratch_.tile_count[tile] : kSampleTile;
-    const int64_t each = ceil_div(count, kSampleThreads);
-    const auto mass_at = [&](int64_t j) {
-      return j < count && stays(base + j) ? scratch_.mass[base + j] : 0;
-    };
+    const int count = filtered_ ? static_cast<int>(scratch_.tile_count[tile]) : kSampleTile;
+    const int each = (count + kSampleThreads - 1) / kSampleThreads;
+    const int begin = static_cast<int>(threadIdx.x) * each;
     uint64_t own = 0;
     if (filtered_) {
-      for (int64_t j = 0; j < each; ++j) own += mass_at(threadIdx.x * each + j);
+      for (int j = begin; j < begin + each && j < count; ++j) own += mass_left(tile, j);
     } else {
-      own = scratch_.mass[base + threadIdx.x];
+      own = scratch_.mass[int64_t{tile} * kSampleTile + threadIdx.x];
     }
     uint64_t before = block_scan(own, board_, total);
     if (before <= rest && rest < before + own) {
@@ -624,23 +699,25 @@ class RowSampler {
     }
     __syncthreads();
     if (threadIdx.x < 32) {
-      const int64_t lane = threadIdx.x, j = board_.chosen * each + lane;
-      uint64_t mass = 0;
+      const int j = static_cast<int>(board_.chosen) * each + lane;
+      const int64_t place = int64_t{tile} * kSampleTile + j;
+      const bool there = lane < each && (filtered_ ? j < count : place < logits_.vocab);
+      uint64_t mass[1] = {0};
       if (filtered_) {
-        mass = lane < each ? mass_at(j) : 0;
-      } else if (lane < each && base + j < logits_.vocab) {
-        const Key key = logits_.key(base + j);
-        mass = key > least() ? mass_of(key) : 0;
+        if (there) mass[0] = mass_left(tile, j);
+      } else {
+        const Key key[1] = {there ? logits_.key(place) : least()};
+        weigh_keys(key, mass);
       }
-      uint64_t sum = mass;
+      uint64_t sum = mass[0];
 #pragma unroll
       for (int distance = 1; distance < kSampleEach; distance *= 2) {
         const uint64_t below = __shfl_up_sync(0xffffffffu, sum, distance);
         sum += lane >= distance ? below : 0;
       }
-      before = board_.before;
-      if (before + sum - mass <= rest && rest < before + sum) {
-        board_.inside = filtered_ ? scratch_.ids[base + j] : static_cast<uint64_t>(base + j);
+      sum += board_.before;
+      if (sum - mass[0] <= rest && rest < sum) {
+        board_.inside = filtered_ ? scratch_.ids[place] : static_cast<uint64_t>(place);
       }
     }
     __syncthreads();
@@ -650,7 +727,7 @@ class RowSampler {
   const Logits logits_;
   const SampleOptions options_;
   const SampleScratch<Key> scratch_;
-  const int64_t part_, parts_, tiles_;
+  const int part_, parts_, tiles_;
   SampleBoard& board_;
   Key most_ = 0;
   Key floor_ = 0;  // keys below it are out; of those equal to it, ids above last_id_

@@ -14,7 +14,8 @@ template <class Key>
 struct SampleLaunch {
   SampleTokensParams p;
   SampleScratch<Key> scratch;  // of all rows
-  int64_t parts, tiles;        // of a row
+  unsigned parts;              // blocks to a row
+  int tiles;                   // of a row
   int bits;
 };
 
@@ -23,7 +24,8 @@ __global__ void __launch_bounds__(kSampleThreads)
     sample_tokens_kernel(SampleLaunch<KeyOf<Acc<T>>> launch) {
   SIMT_SHARED(SampleBoard, board, [1]);
   const SampleTokensParams& p = launch.p;
-  const int64_t r = blockIdx.x / launch.parts, part = blockIdx.x % launch.parts;
+  const int64_t r = blockIdx.x / launch.parts;
+  const int part = static_cast<int>(blockIdx.x % launch.parts);
   const double guidance = p.guidance.at(r, 1.0);
   const SampleOptions options{p.temperature.at(r, 1.0), p.top_p.at(r, 1.0),
                               p.top_k.at(r, int64_t{0}),
@@ -41,7 +43,8 @@ __global__ void __launch_bounds__(kSampleThreads)
                                p.vocab,
                                static_cast<Acc<T>>(guidance)};
   const SampleScratch<KeyOf<Acc<T>>> scratch = launch.scratch.row(r, launch.tiles);
-  RowSampler<RowLogits<T, N>> row(logits, options, scratch, part, launch.parts, board[0]);
+  RowSampler<RowLogits<T, N>> row(logits, options, scratch, part, static_cast<int>(launch.parts),
+                                  board[0]);
   row.scan();
   if (launch.parts > 1) {
     simt::grid_sync();
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(kSampleThreads)
   bool writes = part == 0;
   if (meant) {
     if (row.weigh()) {
-      writes = last_to_arrive(scratch.arrived, static_cast<uint32_t>(launch.parts), board[0]);
+      writes = last_to_arrive(scratch.arrived, launch.parts, board[0]);
       if (writes) id = row.draw();
     } else {
       id = row.answer();
@@ -67,7 +70,8 @@ __global__ void __launch_bounds__(kSampleThreads)
 template <class T, int N>
 void sample(const SampleTokensParams& p, void* stream) {
   const char* op = "sample_tokens";
-  SampleLaunch<KeyOf<Acc<T>>> launch{p, {}, 1, ceil_div(p.vocab, kSampleTile), mass_bits(p.vocab)};
+  SampleLaunch<KeyOf<Acc<T>>> launch{
+      p, {}, 1, static_cast<int>(ceil_div(p.vocab, kSampleTile)), mass_bits(p.vocab)};
   lay_out(launch.scratch, p.scratch, p.rows, launch.tiles);
   const auto kernel = sample_tokens_kernel<T, N>;
   const dim3 threads(kSampleThreads);
@@ -75,7 +79,7 @@ void sample(const SampleTokensParams& p, void* stream) {
   if (blocks >= 2 * p.rows) {
     // No more blocks than shorten the longest part.
     const int64_t most = blocks / p.rows < launch.tiles ? blocks / p.rows : launch.tiles;
-    launch.parts = ceil_div(launch.tiles, ceil_div(launch.tiles, most));
+    launch.parts = static_cast<unsigned>(ceil_div(launch.tiles, ceil_div(launch.tiles, most)));
     simt::launch_cooperative(op, kernel, blocks_for(op, p.rows * launch.parts, 1), threads, 0,
                              stream, launch);
   } else {
