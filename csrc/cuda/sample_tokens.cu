@@ -20,7 +20,7 @@ struct SampleLaunch {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(kSampleThreads)
+__global__ void __launch_bounds__(kSampleThreads, 1)
     sample_tokens_kernel(SampleLaunch<KeyOf<Acc<T>>> launch) {
   SIMT_SHARED(SampleBoard, board, [1]);
   const SampleTokensParams& p = launch.p;
