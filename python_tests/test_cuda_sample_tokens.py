@@ -23,8 +23,15 @@ def sample_args(rows, vocab, dtype=torch.float32, seed=0, grid=0.0, **options):
     )  # fmt: skip
 
 
+def every_way():
+    """Rows with temperature 0, without filters, with both, and with top-p alone, in three tiles and blocks each."""
+    options = dict(temperature=[0.0, 1.0, 0.7, 1.0], top_k=[0, 0, 5000, 0], top_p=[1.0, 1.0, 0.8, 0.6])
+    tensors = {k: torch.tensor(v, dtype=None if k == "top_k" else torch.float64) for k, v in options.items()}
+    return sample_args(4, 9001, torch.bfloat16, grid=0.5, **tensors)
+
+
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
-SMALL = {"sample_tokens": lambda: sample_args(3, 9001, torch.bfloat16, grid=0.5, top_k=5000, top_p=0.8)}
+SMALL = {"sample_tokens": every_way}
 
 
 def sanitized():
@@ -86,7 +93,7 @@ def test_sample_tokens_in_several_blocks_a_row(emulated, vocab, dtype):
     check(7, 2, temperature=0.7)
     check(3, 3, top_k=2048, top_p=0.9, uncond_logits=uncond, guidance=3.0)
     check(2, 4, top_p=0.6)
-    check(3, 5, top_k=vocab // 2, grid=0.5)
+    check(3, 5, top_k=vocab // 2, grid=0.5, uncond_logits=laid_out(uncond, "stepped"), guidance=-1.5)
     check(7, 6, top_k=3000, top_p=0.97, grid=1.0)
 
 
@@ -112,11 +119,26 @@ def test_sample_tokens_far_below_the_largest(emulated):
             check_same_ids(emulated, *args)
 
 
+def test_sample_tokens_in_more_tiles_than_warps(emulated):
+    for options in (dict(top_k=30000, top_p=0.9), dict(top_p=0.99), dict()):
+        check_same_ids(emulated, *sample_args(2, 70001, torch.float32, grid=0.25, **options))
+
+
+def test_sample_tokens_masked_on_either_side_of_the_guidance(emulated):
+    logits, uncond = (torch.where(normal(1, 50, seed=s) > 0.5, -torch.inf, normal(1, 50, seed=s + 1)) for s in (1, 3))
+    for guidance in (0.0, 1.0, 3.0, -2.0):
+        args = sample_args(64, 50, uncond_logits=uncond.expand(64, -1), guidance=guidance)
+        check_same_ids(emulated, logits.expand(64, -1), *args[1:])
+
+
 def test_sample_tokens_finds_what_is_wrong_in_any_block(emulated):
     logits = normal(4, 9001)
     logits[0, 9000], logits[1, 4096], logits[2, :8999] = torch.nan, torch.inf, -torch.inf
     ids, valid = check_same_ids(emulated, logits, torch.arange(4), torch.tensor(0), *[None] * 5)
     assert valid.tolist() == [False, False, True, True] and ids[2] >= 8999
+    two = torch.tensor(2.0).double()
+    _, valid = check_same_ids(emulated, logits, torch.arange(4), torch.tensor(0), logits, two, *[None] * 3)
+    assert valid.tolist() == [False, False, True, True]  # infinity minus itself
 
 
 def test_sample_tokens_rounds_guidance_as_the_cpu_does(emulated):
@@ -164,7 +186,7 @@ def test_sample_tokens_rows_without_an_answer(emulated):
 
 def test_sample_tokens_refuses_rows_whose_options_cannot_be_meant(emulated):
     """The CPU kernel's caller gets an error; on a GPU nobody has looked before, so the row is invalid."""
-    wrong = dict(guidance=torch.nan, temperature=-1.0, top_k=-1, top_p=1.5)
-    for name, value in wrong.items():
+    wrong = [("guidance", torch.nan), ("temperature", -1.0), ("temperature", torch.inf), ("top_k", -1), ("top_p", 1.5)]
+    for name, value in wrong:
         ids, valid = emulated.sample_tokens(*sample_args(2, 20, **{name: value}))
         assert ids.tolist() == [0, 0] and valid.tolist() == [False, False], name

@@ -545,18 +545,14 @@ class RowSampler {
       const int tile = unit / ways, count = static_cast<int>(scratch_.tile_count[tile]);
       const int64_t base = int64_t{tile} * kSampleTile;
       for (int j = unit % ways * 32 + lane; j < count; j += kAhead * ways * 32) {
-        Key keys[kAhead];
+        Key keys[kAhead] = {};
         uint64_t masses[kAhead] = {};
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
           const int place = j + a * ways * 32;
-          keys[a] = place < count ? scratch_.keys[base + place] : least();
-        }
-        if (by_mass) {
-#pragma unroll
-          for (int a = 0; a < kAhead; ++a) {
-            const int place = j + a * ways * 32;
-            if (place < count) masses[a] = scratch_.mass[base + place];
+          if (place < count) {
+            keys[a] = scratch_.keys[base + place];
+            if (by_mass) masses[a] = scratch_.mass[base + place];
           }
         }
 #pragma unroll
@@ -602,9 +598,9 @@ class RowSampler {
     bool fresh = by_mass;
     const auto goal = [&](uint64_t total) {
       if (fresh) {
+        // Not above the total: the largest share below 1 takes a whole step of double away.
         const double wanted = std::ceil(__dmul_rn(options_.top_p, static_cast<double>(total)));
         target = wanted < 1 ? 1 : static_cast<uint64_t>(wanted);
-        target = target < total ? target : total;
         fresh = false;
       }
       return target;
@@ -659,13 +655,14 @@ class RowSampler {
       uint64_t own = 0;
       const int count = static_cast<int>(scratch_.tile_count[tile]);
 #pragma unroll 4
-      for (int j = lane; j < count; j += 32) own += mass_left(tile, j);
+      for (int j = lane; j < count; j += 32) own += mass_left(tile, j, count);
       own = warp_sum(own);
       if (lane == 0) scratch_.tile_mass[tile] = own;
     }
     __syncthreads();
   }
-  SIMT_FN uint64_t mass_left(int tile, int j) const {
+  SIMT_FN uint64_t mass_left(int tile, int j, int count) const {
+    if (j >= count) return 0;
     const int64_t place = int64_t{tile} * kSampleTile + j;
     const uint64_t mass = scratch_.mass[place];
     return stays(scratch_.keys[place], place) ? mass : 0;
@@ -688,7 +685,7 @@ class RowSampler {
     const int begin = static_cast<int>(threadIdx.x) * each;
     uint64_t own = 0;
     if (filtered_) {
-      for (int j = begin; j < begin + each && j < count; ++j) own += mass_left(tile, j);
+      for (int j = begin; j < begin + each; ++j) own += mass_left(tile, j, count);
     } else {
       own = scratch_.mass[int64_t{tile} * kSampleTile + threadIdx.x];
     }
@@ -701,11 +698,11 @@ class RowSampler {
     if (threadIdx.x < 32) {
       const int j = static_cast<int>(board_.chosen) * each + lane;
       const int64_t place = int64_t{tile} * kSampleTile + j;
-      const bool there = lane < each && (filtered_ ? j < count : place < logits_.vocab);
       uint64_t mass[1] = {0};
       if (filtered_) {
-        if (there) mass[0] = mass_left(tile, j);
+        if (lane < each) mass[0] = mass_left(tile, j, count);
       } else {
+        const bool there = lane < each && place < logits_.vocab;
         const Key key[1] = {there ? logits_.key(place) : least()};
         weigh_keys(key, mass);
       }
