@@ -252,6 +252,19 @@ SIMT_FN void pick_bin(const uint32_t (&members)[kBinsEach], const uint64_t (&wei
 
 // ---- A row
 
+// Tokens in the order of their ids, tile by tile: each has 4,096 places.
+template <class Key>
+struct SampleList {
+  uint32_t* count;  // [tiles] places that are filled
+  Key* keys;        // [tiles, 4096]
+  uint32_t* ids;    // [tiles, 4096]
+
+  SIMT_FN SampleList row(int64_t tiles_before) const {
+    const int64_t places_before = tiles_before * kSampleTile;
+    return {count + tiles_before, keys + places_before, ids + places_before};
+  }
+};
+
 // Memory of one row, or of all of them one after the other.
 template <class Key>
 struct SampleScratch {
@@ -260,22 +273,15 @@ struct SampleScratch {
   uint32_t* counts;      // [parts, bins] how many keys begin with a digit, falling
   uint32_t* arrived;     // [1] parts that are done with their masses; zero after scan
   uint64_t* tile_mass;   // [tiles]
-  uint32_t* tile_count;  // [tiles] how many of the list's 4,096 places a tile has filled
-  uint64_t* mass;        // [tiles, 4096] of the list; without filters [512] sums in each tile
-  Key* keys;             // [tiles, 4096] the list
-  uint32_t* ids;         // [tiles, 4096]
+  uint64_t* mass;        // [tiles, 4096] of `left`; without filters [512] sums in each tile
+  SampleList<Key> left;  // what the filters may leave
+  SampleList<Key> edge;  // and of that what begins with the digit of the k-th key
 
   SIMT_FN SampleScratch row(int64_t r, int tiles) const {
-    const int64_t at = r * tiles;
-    return {most + at,
-            first + at,
-            counts + at * kSampleBins,
-            arrived + r,
-            tile_mass + at,
-            tile_count + at,
-            mass + at * kSampleTile,
-            keys + at * kSampleTile,
-            ids + at * kSampleTile};
+    const int64_t before = r * tiles;
+    return {most + before,    first + before,     counts + before * kSampleBins,
+            arrived + r,      tile_mass + before, mass + before * kSampleTile,
+            left.row(before), edge.row(before)};
   }
 };
 
@@ -294,10 +300,12 @@ int64_t lay_out(SampleScratch<Key>& s, void* base, int64_t rows, int64_t tiles) 
   take(s.counts, rows * tiles * kSampleBins);
   take(s.arrived, rows);
   take(s.tile_mass, rows * tiles);
-  take(s.tile_count, rows * tiles);
   take(s.mass, rows * tiles * kSampleTile);
-  take(s.keys, rows * tiles * kSampleTile);
-  take(s.ids, rows * tiles * kSampleTile);
+  for (auto* list : {&s.left, &s.edge}) {
+    take(list->count, rows * tiles);
+    take(list->keys, rows * tiles * kSampleTile);
+    take(list->ids, rows * tiles * kSampleTile);
+  }
   return bytes;
 }
 
@@ -347,16 +355,14 @@ class RowSampler {
     Key most = least();
     uint32_t first = 0;
     for (int tile = part_; tile < tiles_; tile += parts_) {
-      const int64_t i = first_token(tile);
-      Key keys[kSampleEach];
-      logits_.keys(i, keys);
+      hold(tile);
 #pragma unroll
       for (int e = 0; e < kSampleEach; ++e) {
-        if (keys[e] > most) {
-          most = keys[e];
-          first = static_cast<uint32_t>(i + e);
+        if (keys_[e] > most) {
+          most = keys_[e];
+          first = static_cast<uint32_t>(first_token(tile) + e);
         }
-        if (counting && keys[e] > least()) atomicAdd(&board_.members[first_digit(keys[e])], 1u);
+        if (counting && keys_[e] > least()) atomicAdd(&board_.members[first_digit(keys_[e])], 1u);
       }
     }
     const Key own = most;
@@ -398,6 +404,7 @@ class RowSampler {
     if (options_.top_k > 0) count_down();
     filtered_ = cut_short_ || options_.top_p < 1;
     for (int tile = part_; tile < tiles_; tile += parts_) {
+      if (tile != held_) hold(tile);
       if (filtered_) {
         list(tile);
       } else {
@@ -413,11 +420,11 @@ class RowSampler {
   SIMT_FN int64_t draw() {
     if (filtered_) {
       if (cut_short_ && left_ < inside_) {
-        keep(false, floor_, kKeyBits - kSampleDigit, left_);
+        keep(scratch_.edge, nullptr, floor_, kKeyBits - kSampleDigit, left_);
       }
       if (options_.top_p < 1) {
         // The bits that the largest key and the floor share, all between them share.
-        keep(true, most_, bit_width(most_ ^ floor_), 0);
+        keep(scratch_.left, scratch_.mass, most_, bit_width(most_ ^ floor_), 0);
       }
       weigh_tiles();
     }
@@ -437,6 +444,12 @@ class RowSampler {
   // Of this thread, in a tile.
   SIMT_FN static int64_t first_token(int tile) {
     return int64_t{tile} * kSampleTile + threadIdx.x * kSampleEach;
+  }
+
+  // A part of one tile reads it once: its keys stay in registers from scan to weigh.
+  SIMT_FN void hold(int tile) {
+    logits_.keys(first_token(tile), keys_);
+    held_ = tile;
   }
 
   // Where the k-th key must be: floor_, and how many of that bin stay.
@@ -484,95 +497,105 @@ class RowSampler {
 
   // Without filters: what each thread's tokens weigh together, and the tile.
   SIMT_FN void add_up(int tile) {
-    Key keys[kSampleEach];
     uint64_t masses[kSampleEach], own = 0;
-    logits_.keys(first_token(tile), keys);
-    weigh_keys(keys, masses);
+    weigh_keys(keys_, masses);
 #pragma unroll
     for (int e = 0; e < kSampleEach; ++e) own += masses[e];
-    scratch_.mass[int64_t{tile} * kSampleTile + threadIdx.x] = own;
+    scratch_.mass[tile * kSampleTile + static_cast<int>(threadIdx.x)] = own;
     const uint64_t total = block_join(own, board_, [](uint64_t a, uint64_t b) { return a + b; });
     if (threadIdx.x == 0) scratch_.tile_mass[tile] = total;
   }
 
-  // With filters: the tile's tokens from floor_ on, in the order of their ids. Masses are computed
-  // once the few that top-k leaves have been put together: spread over the warps they would cost as
-  // much as all.
+  // With filters: the tile's tokens from floor_ on. Masses are computed once the few that top-k
+  // leaves have been put together: spread over the warps they would cost as much as all.
   SIMT_FN void list(int tile) {
-    const int64_t i = first_token(tile), base = int64_t{tile} * kSampleTile;
-    Key keys[kSampleEach];
-    logits_.keys(i, keys);
-    uint64_t own = 0, total;
-#pragma unroll
-    for (int e = 0; e < kSampleEach; ++e) own += keys[e] >= floor_;
-    int64_t at = base + static_cast<int64_t>(block_scan(own, board_, total));
+    const int64_t i = first_token(tile);
+    const int base = tile * kSampleTile;
+    const Key edge_end = floor_ + edge_keys();
+    uint64_t own = 0, both;  // two counts in one: what is left, and above it the edge
 #pragma unroll
     for (int e = 0; e < kSampleEach; ++e) {
-      if (keys[e] >= floor_) {
-        scratch_.keys[at] = keys[e];
-        scratch_.ids[at] = static_cast<uint32_t>(i + e);
-        ++at;
+      if (keys_[e] >= floor_) own += keys_[e] < edge_end ? uint64_t{1} << 32 | 1 : 1;
+    }
+    const uint64_t before = block_scan(own, board_, both);
+    int at = base + static_cast<int>(before & 0xffffffffu);
+    int edge_at = base + static_cast<int>(before >> 32);
+#pragma unroll
+    for (int e = 0; e < kSampleEach; ++e) {
+      if (keys_[e] < floor_) continue;
+      scratch_.left.keys[at] = keys_[e];
+      scratch_.left.ids[at++] = static_cast<uint32_t>(i + e);
+      if (keys_[e] < edge_end) {
+        scratch_.edge.keys[edge_at] = keys_[e];
+        scratch_.edge.ids[edge_at++] = static_cast<uint32_t>(i + e);
       }
     }
-    if (threadIdx.x == 0) scratch_.tile_count[tile] = static_cast<uint32_t>(total);
+    const int count = static_cast<int>(both & 0xffffffffu);
+    if (threadIdx.x == 0) {
+      scratch_.left.count[tile] = static_cast<uint32_t>(count);
+      scratch_.edge.count[tile] = static_cast<uint32_t>(both >> 32);
+    }
     __syncthreads();
     // Two at a time, so that one thread's chain of additions does not wait for itself.
-    const int count = static_cast<int>(total);
     for (int j = static_cast<int>(threadIdx.x); j < count; j += 2 * kSampleThreads) {
       const bool second = j + kSampleThreads < count;
-      const Key pair[2] = {scratch_.keys[base + j],
-                           second ? scratch_.keys[base + j + kSampleThreads] : least()};
+      const Key pair[2] = {scratch_.left.keys[base + j],
+                           second ? scratch_.left.keys[base + j + kSampleThreads] : least()};
       uint64_t masses[2];
       weigh_keys(pair, masses);
       scratch_.mass[base + j] = masses[0];
       if (second) scratch_.mass[base + j + kSampleThreads] = masses[1];
     }
   }
+  // How many keys begin with the k-th one's digit; none where top-k cuts nothing.
+  SIMT_FN Key edge_keys() const { return cut_short_ ? Key{1} << (kKeyBits - kSampleDigit) : 0; }
 
-  SIMT_FN bool stays(Key key, int64_t place) const {
-    return key > floor_ || (key == floor_ && (last_id_ == ~0u || scratch_.ids[place] <= last_id_));
+  SIMT_FN bool stays(Key key, const uint32_t* id) const {
+    return key > floor_ || (key == floor_ && (last_id_ == ~0u || *id <= last_id_));
   }
 
-  // visit(place, key, mass) for every place of the list that stays, each by one thread: as many
-  // warps to a tile as there are, or several tiles to a warp. A thread asks for eight places
-  // before it waits for the first. mass is 0 where not by_mass.
+  // visit(key, id, mass) for every token of a list that stays, each by one thread: as many warps
+  // to a tile as there are, or several tiles to a warp. A thread asks for eight places before it
+  // waits for the first. Only who wants an id reads it. mass is 0 where `masses` is null.
   template <class Visit>
-  SIMT_FN void for_list(bool by_mass, const Visit& visit) const {
+  SIMT_FN void for_list(const SampleList<Key>& list, const uint64_t* masses,
+                        const Visit& visit) const {
     constexpr int kAhead = 8;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int ways = tiles_ < kSampleWarps ? kSampleWarps / tiles_ : 1;
     for (int unit = warp; unit < tiles_ * ways; unit += kSampleWarps) {
-      const int tile = unit / ways, count = static_cast<int>(scratch_.tile_count[tile]);
-      const int64_t base = int64_t{tile} * kSampleTile;
-      for (int j = unit % ways * 32 + lane; j < count; j += kAhead * ways * 32) {
+      const int tile = unit / ways, base = tile * kSampleTile;
+      const int end = base + static_cast<int>(list.count[tile]);
+      for (int at = base + unit % ways * 32 + lane; at < end; at += kAhead * ways * 32) {
         Key keys[kAhead] = {};
-        uint64_t masses[kAhead] = {};
+        uint64_t mass[kAhead] = {};
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          const int place = j + a * ways * 32;
-          if (place < count) {
-            keys[a] = scratch_.keys[base + place];
-            if (by_mass) masses[a] = scratch_.mass[base + place];
+          const int place = at + a * ways * 32;
+          if (place < end) {
+            keys[a] = list.keys[place];
+            if (masses) mass[a] = masses[place];
           }
         }
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          const int64_t place = base + j + a * ways * 32;
-          if (stays(keys[a], place)) visit(place, keys[a], masses[a]);
+          const uint32_t* id = list.ids + (at + a * ways * 32);
+          if (stays(keys[a], id)) visit(keys[a], id, mass[a]);
         }
       }
     }
   }
 
-  // Adds up the list's weights, masses or ones, by digit_of(place, key) where it is a digit; then
+  // Adds up a list's weights, masses or ones, by digit_of(key, id) where it is a digit; then
   // pick_bin.
   template <class Digit, class Goal>
-  SIMT_FN void choose_digit(bool by_mass, const Digit& digit_of, const Goal& goal) {
-    for_list(by_mass, [&](int64_t place, Key key, uint64_t mass) {
-      const uint32_t digit = digit_of(place, key);
+  SIMT_FN void choose_digit(const SampleList<Key>& list, const uint64_t* masses,
+                            const Digit& digit_of, const Goal& goal) {
+    for_list(list, masses, [&](Key key, const uint32_t* id, uint64_t mass) {
+      const uint32_t digit = digit_of(key, id);
       if (digit >= kSampleBins) return;
       atomicAdd(&board_.members[digit], 1u);
-      if (!by_mass) return;
+      if (!masses) return;
       const uint32_t low = static_cast<uint32_t>(mass);
       const uint32_t carry = atomicAdd(&board_.low[digit], low) + low < low;
       const uint32_t high = static_cast<uint32_t>(mass >> 32) + carry;
@@ -584,18 +607,19 @@ class RowSampler {
     uint64_t weights[kBinsEach];
 #pragma unroll
     for (int b = 0; b < kBinsEach; ++b) {
-      weights[b] = by_mass ? uint64_t{high.v[b]} << 32 | low.v[b] : members.v[b];
+      weights[b] = masses ? uint64_t{high.v[b]} << 32 | low.v[b] : members.v[b];
     }
     pick_bin(members.v, weights, board_, goal);
   }
 
-  // Keeps of the list the shortest prefix, in the order of falling logits and rising ids, whose
+  // Keeps of a list the shortest prefix, in the order of falling logits and rising ids, whose
   // weight reaches the target, by mass the share top_p of all. Equal logits have equal weights, so
   // of the last logit as many ids stay as the rest of the target needs. The last `unknown` bits of
   // that logit's key are to be found; `prefix` has the others.
-  SIMT_FN void keep(bool by_mass, Key prefix, int unknown, uint64_t target) {
+  SIMT_FN void keep(const SampleList<Key>& list, const uint64_t* masses, Key prefix, int unknown,
+                    uint64_t target) {
     constexpr uint32_t kNone = kSampleBins;
-    bool fresh = by_mass;
+    bool fresh = masses != nullptr;
     const auto goal = [&](uint64_t total) {
       if (fresh) {
         // Not above the total: the largest share below 1 takes a whole step of double away.
@@ -614,8 +638,8 @@ class RowSampler {
       unknown -= width;
       const uint32_t digits = (1u << width) - 1;
       choose_digit(
-          by_mass,
-          [&](int64_t, Key key) {
+          list, masses,
+          [&](Key key, const uint32_t*) {
             if ((key & known) != prefix) return kNone;
             return static_cast<uint32_t>(~key >> unknown) & digits;
           },
@@ -630,11 +654,10 @@ class RowSampler {
     while ((logits_.vocab - 1) >> shift >= kSampleBins) shift += kSampleDigit;
     for (; shift >= 0 && !all; shift -= kSampleDigit) {
       choose_digit(
-          by_mass,
-          [&](int64_t place, Key key) {
-            if (key != prefix) return kNone;
-            const uint32_t own = scratch_.ids[place];
-            return (own & id_known) == id ? own >> shift & (kSampleBins - 1) : kNone;
+          list, masses,
+          [&](Key key, const uint32_t* own) {
+            if (key != prefix || (*own & id_known) != id) return kNone;
+            return *own >> shift & (kSampleBins - 1);
           },
           goal);
       target -= board_.before;
@@ -653,7 +676,7 @@ class RowSampler {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for (int tile = static_cast<int>(threadIdx.x / 32); tile < tiles_; tile += kSampleWarps) {
       uint64_t own = 0;
-      const int count = static_cast<int>(scratch_.tile_count[tile]);
+      const int count = static_cast<int>(scratch_.left.count[tile]);
 #pragma unroll 4
       for (int j = lane; j < count; j += 32) own += mass_left(tile, j, count);
       own = warp_sum(own);
@@ -663,9 +686,9 @@ class RowSampler {
   }
   SIMT_FN uint64_t mass_left(int tile, int j, int count) const {
     if (j >= count) return 0;
-    const int64_t place = int64_t{tile} * kSampleTile + j;
+    const int place = tile * kSampleTile + j;
     const uint64_t mass = scratch_.mass[place];
-    return stays(scratch_.keys[place], place) ? mass : 0;
+    return stays(scratch_.left.keys[place], scratch_.left.ids + place) ? mass : 0;
   }
 
   // The first id, in the order of the vocabulary, where the running mass exceeds u * total, u = (2
@@ -680,14 +703,14 @@ class RowSampler {
     int tile = 0;
     for (uint64_t mass; rest >= (mass = scratch_.tile_mass[tile]); ++tile) rest -= mass;
     // A thread's share is its eight tokens, or as much of the list.
-    const int count = filtered_ ? static_cast<int>(scratch_.tile_count[tile]) : kSampleTile;
+    const int count = filtered_ ? static_cast<int>(scratch_.left.count[tile]) : kSampleTile;
     const int each = (count + kSampleThreads - 1) / kSampleThreads;
     const int begin = static_cast<int>(threadIdx.x) * each;
     uint64_t own = 0;
     if (filtered_) {
       for (int j = begin; j < begin + each; ++j) own += mass_left(tile, j, count);
     } else {
-      own = scratch_.mass[int64_t{tile} * kSampleTile + threadIdx.x];
+      own = scratch_.mass[tile * kSampleTile + static_cast<int>(threadIdx.x)];
     }
     uint64_t before = block_scan(own, board_, total);
     if (before <= rest && rest < before + own) {
@@ -697,7 +720,7 @@ class RowSampler {
     __syncthreads();
     if (threadIdx.x < 32) {
       const int j = static_cast<int>(board_.chosen) * each + lane;
-      const int64_t place = int64_t{tile} * kSampleTile + j;
+      const int place = tile * kSampleTile + j;
       uint64_t mass[1] = {0};
       if (filtered_) {
         if (lane < each) mass[0] = mass_left(tile, j, count);
@@ -714,7 +737,7 @@ class RowSampler {
       }
       sum += board_.before;
       if (sum - mass[0] <= rest && rest < sum) {
-        board_.inside = filtered_ ? scratch_.ids[place] : static_cast<uint64_t>(place);
+        board_.inside = filtered_ ? scratch_.left.ids[place] : static_cast<uint64_t>(place);
       }
     }
     __syncthreads();
@@ -726,6 +749,8 @@ class RowSampler {
   const SampleScratch<Key> scratch_;
   const int part_, parts_, tiles_;
   SampleBoard& board_;
+  Key keys_[kSampleEach];  // of tile held_
+  int held_ = -1;
   Key most_ = 0;
   Key floor_ = 0;  // keys below it are out; of those equal to it, ids above last_id_
   uint32_t last_id_ = ~0u;

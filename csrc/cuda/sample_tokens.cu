@@ -100,8 +100,8 @@ int64_t scratch_bytes(const SampleTokensParams& p) {
 }
 
 void sample_tokens(const SampleTokensParams& p, void* stream) {
-  if (p.vocab > INT32_MAX) {
-    throw std::invalid_argument("sample_tokens: V must be below 2^31");
+  if (p.vocab > INT32_MAX - kSampleTile) {  // places in a list are 32-bit
+    throw std::invalid_argument("sample_tokens: V must be below 2^31 - 4096");
   }
   dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
