@@ -169,10 +169,19 @@ inline int mass_bits(int64_t vocab) {
 
 // ---- What the threads of a block tell each other
 
+// Of a row.
+struct SampleOptions {
+  double temperature, top_p;
+  int64_t top_k;
+  uint32_t word;  // the row's random number
+  int bits;       // mass_bits of the vocabulary
+};
+
 struct SampleBoard {
   // Zero, but between the counting of digits and pick_bin.
   alignas(16) uint32_t members[kSampleBins];                 // of each bin
   alignas(16) uint32_t low[kSampleBins], high[kSampleBins];  // halves of what they weigh together
+  SampleOptions options;                                     // one thread's to write before scan
   uint64_t words[kSampleWarps];
   uint64_t before, inside;  // of the chosen bin: the weight of all before it, and its own
   uint32_t chosen, chosen_members;
@@ -255,33 +264,49 @@ SIMT_FN void pick_bin(const uint32_t (&members)[kBinsEach], const uint64_t (&wei
 // Tokens in the order of their ids, tile by tile: each has 4,096 places.
 template <class Key>
 struct SampleList {
-  uint32_t* count;  // [tiles] places that are filled
-  Key* keys;        // [tiles, 4096]
-  uint32_t* ids;    // [tiles, 4096]
+  Key* keys;      // [tiles, 4096]
+  uint32_t* ids;  // [tiles, 4096]
 
   SIMT_FN SampleList row(int64_t tiles_before) const {
     const int64_t places_before = tiles_before * kSampleTile;
-    return {count + tiles_before, keys + places_before, ids + places_before};
+    return {keys + places_before, ids + places_before};
   }
+};
+
+// What is known of a part after scan: the largest key, and where it is first met, for temperature
+// 0.
+template <class Key>
+struct SamplePart {
+  Key most;
+  uint32_t first;
+};
+
+// And of a tile after weigh: what its tokens weigh, and how many places of each list it has filled.
+struct SampleTile {
+  uint64_t mass;
+  uint32_t left, edge;
 };
 
 // Memory of one row, or of all of them one after the other.
 template <class Key>
 struct SampleScratch {
-  Key* most;             // [parts] the largest key
-  uint32_t* first;       // [parts] and where it is first met, for temperature 0
-  uint32_t* counts;      // [parts, bins] how many keys begin with a digit, falling
-  uint32_t* arrived;     // [1] parts that are done with their masses; zero after scan
-  uint64_t* tile_mass;   // [tiles]
-  uint64_t* mass;        // [tiles, 4096] of `left`; without filters [512] sums in each tile
-  SampleList<Key> left;  // what the filters may leave
-  SampleList<Key> edge;  // and of that what begins with the digit of the k-th key
+  SamplePart<Key>* parts;  // [parts]
+  SampleTile* tiles;       // [tiles]
+  uint32_t* counts;        // [parts, bins] how many keys begin with a digit, falling
+  uint32_t* arrived;       // [1] parts that are done with their masses; zero after scan
+  uint64_t* mass;          // [tiles, 4096] of `left`; without filters [512] sums in each tile
+  SampleList<Key> left;    // what the filters may leave
+  SampleList<Key> edge;    // and of that what begins with the digit of the k-th key
 
-  SIMT_FN SampleScratch row(int64_t r, int tiles) const {
-    const int64_t before = r * tiles;
-    return {most + before,    first + before,     counts + before * kSampleBins,
-            arrived + r,      tile_mass + before, mass + before * kSampleTile,
-            left.row(before), edge.row(before)};
+  SIMT_FN SampleScratch row(int64_t r, int tiles_each) const {
+    const int64_t before = r * tiles_each;
+    return {parts + before,
+            tiles + before,
+            counts + before * kSampleBins,
+            arrived + r,
+            mass + before * kSampleTile,
+            left.row(before),
+            edge.row(before)};
   }
 };
 
@@ -295,26 +320,17 @@ int64_t lay_out(SampleScratch<Key>& s, void* base, int64_t rows, int64_t tiles) 
                                          static_cast<uintptr_t>(bytes));
     bytes += ceil_div(count * static_cast<int64_t>(sizeof(Element)), 256) * 256;
   };
-  take(s.most, rows * tiles);
-  take(s.first, rows * tiles);
+  take(s.parts, rows * tiles);
+  take(s.tiles, rows * tiles);
   take(s.counts, rows * tiles * kSampleBins);
   take(s.arrived, rows);
-  take(s.tile_mass, rows * tiles);
   take(s.mass, rows * tiles * kSampleTile);
   for (auto* list : {&s.left, &s.edge}) {
-    take(list->count, rows * tiles);
     take(list->keys, rows * tiles * kSampleTile);
     take(list->ids, rows * tiles * kSampleTile);
   }
   return bytes;
 }
-
-struct SampleOptions {
-  double temperature, top_p;
-  int64_t top_k;
-  uint32_t word;  // the row's random number
-  int bits;       // mass_bits of the vocabulary
-};
 
 // Whether this block is the last of `parts` to be here; what the others have written before is then
 // its to read.
@@ -336,10 +352,10 @@ class RowSampler {
   static constexpr int kKeyBits = 8 * static_cast<int>(sizeof(Key));
 
  public:
-  SIMT_FN RowSampler(const Logits& logits, const SampleOptions& options,
-                     const SampleScratch<Key>& scratch, int part, int parts, SampleBoard& board)
+  SIMT_FN RowSampler(const Logits& logits, const SampleScratch<Key>& scratch, int part, int parts,
+                     SampleBoard& board)
       : logits_(logits),
-        options_(options),
+        options_(board.options),
         scratch_(scratch),
         part_(part),
         parts_(parts),
@@ -347,11 +363,11 @@ class RowSampler {
         board_(board) {}
 
   SIMT_FN void scan() {
-    const bool counting = options_.temperature != 0 && options_.top_k > 0;
     clear(board_.members);
     clear(board_.low);
     clear(board_.high);
     __syncthreads();
+    const bool counting = options_.temperature != 0 && options_.top_k > 0;
     Key most = least();
     uint32_t first = 0;
     for (int tile = part_; tile < tiles_; tile += parts_) {
@@ -373,8 +389,7 @@ class RowSampler {
           own == most ? first : ~0u, board_, [](uint64_t a, uint64_t b) { return a < b ? a : b; }));
     }
     if (threadIdx.x == 0) {
-      scratch_.most[part_] = most;
-      scratch_.first[part_] = first;
+      scratch_.parts[part_] = {most, first};
       if (part_ == 0) *scratch_.arrived = 0;
     }
     if (counting) {
@@ -385,9 +400,9 @@ class RowSampler {
 
   // False where the row has its answer already.
   SIMT_FN bool weigh() {
-    most_ = scratch_.most[0];
+    most_ = scratch_.parts[0].most;
     for (int p = 1; p < parts_; ++p) {
-      const Key other = scratch_.most[p];
+      const Key other = scratch_.parts[p].most;
       most_ = other > most_ ? other : most_;
     }
     answer_ = -1;
@@ -395,8 +410,8 @@ class RowSampler {
     if (options_.temperature == 0) {
       answer_ = INT64_MAX;
       for (int p = 0; p < parts_; ++p) {
-        const int64_t first = scratch_.first[p];
-        if (scratch_.most[p] == most_ && first < answer_) answer_ = first;
+        const int64_t first = scratch_.parts[p].first;
+        if (scratch_.parts[p].most == most_ && first < answer_) answer_ = first;
       }
       return false;
     }
@@ -420,11 +435,11 @@ class RowSampler {
   SIMT_FN int64_t draw() {
     if (filtered_) {
       if (cut_short_ && left_ < inside_) {
-        keep(scratch_.edge, nullptr, floor_, kKeyBits - kSampleDigit, left_);
+        keep(true, floor_, kKeyBits - kSampleDigit, left_);
       }
       if (options_.top_p < 1) {
         // The bits that the largest key and the floor share, all between them share.
-        keep(scratch_.left, scratch_.mass, most_, bit_width(most_ ^ floor_), 0);
+        keep(false, most_, bit_width(most_ ^ floor_), 0);
       }
       weigh_tiles();
     }
@@ -497,13 +512,23 @@ class RowSampler {
 
   // Without filters: what each thread's tokens weigh together, and the tile.
   SIMT_FN void add_up(int tile) {
-    uint64_t masses[kSampleEach], own = 0;
-    weigh_keys(keys_, masses);
+    // Four at a time: enough that their chains fill the pipe of 64-bit arithmetic, and eight take
+    // more than the 128 registers there are.
+    constexpr int kTogether = 4;
+    uint64_t own = 0;
 #pragma unroll
-    for (int e = 0; e < kSampleEach; ++e) own += masses[e];
+    for (int first = 0; first < kSampleEach; first += kTogether) {
+      Key keys[kTogether];
+      uint64_t masses[kTogether];
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) keys[e] = keys_[first + e];
+      weigh_keys(keys, masses);
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) own += masses[e];
+    }
     scratch_.mass[tile * kSampleTile + static_cast<int>(threadIdx.x)] = own;
     const uint64_t total = block_join(own, board_, [](uint64_t a, uint64_t b) { return a + b; });
-    if (threadIdx.x == 0) scratch_.tile_mass[tile] = total;
+    if (threadIdx.x == 0) scratch_.tiles[tile].mass = total;
   }
 
   // With filters: the tile's tokens from floor_ on. Masses are computed once the few that top-k
@@ -532,8 +557,8 @@ class RowSampler {
     }
     const int count = static_cast<int>(both & 0xffffffffu);
     if (threadIdx.x == 0) {
-      scratch_.left.count[tile] = static_cast<uint32_t>(count);
-      scratch_.edge.count[tile] = static_cast<uint32_t>(both >> 32);
+      scratch_.tiles[tile].left = static_cast<uint32_t>(count);
+      scratch_.tiles[tile].edge = static_cast<uint32_t>(both >> 32);
     }
     __syncthreads();
     // Two at a time, so that one thread's chain of additions does not wait for itself.
@@ -550,22 +575,27 @@ class RowSampler {
   // How many keys begin with the k-th one's digit; none where top-k cuts nothing.
   SIMT_FN Key edge_keys() const { return cut_short_ ? Key{1} << (kKeyBits - kSampleDigit) : 0; }
 
-  SIMT_FN bool stays(Key key, const uint32_t* id) const {
-    return key > floor_ || (key == floor_ && (last_id_ == ~0u || *id <= last_id_));
+  SIMT_FN bool stays(const SampleList<Key>& list, Key key, int place) const {
+    return key > floor_ || (key == floor_ && (last_id_ == ~0u || list.ids[place] <= last_id_));
   }
 
-  // visit(key, id, mass) for every token of a list that stays, each by one thread: as many warps
-  // to a tile as there are, or several tiles to a warp. A thread asks for eight places before it
-  // waits for the first. Only who wants an id reads it. mass is 0 where `masses` is null.
+  SIMT_FN const SampleList<Key>& list_of(bool edge) const {
+    return edge ? scratch_.edge : scratch_.left;
+  }
+
+  // visit(key, place, mass) for every token that stays of a list, each by one thread: as many warps
+  // to a tile as there are, or several tiles to a warp. A thread asks for four places before it
+  // waits for the first. On the edge a mass is 0.
   template <class Visit>
-  SIMT_FN void for_list(const SampleList<Key>& list, const uint64_t* masses,
-                        const Visit& visit) const {
-    constexpr int kAhead = 8;
+  SIMT_FN void for_list(bool edge, const Visit& visit) const {
+    const SampleList<Key>& list = list_of(edge);
+    constexpr int kAhead = 4;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int ways = tiles_ < kSampleWarps ? kSampleWarps / tiles_ : 1;
     for (int unit = warp; unit < tiles_ * ways; unit += kSampleWarps) {
       const int tile = unit / ways, base = tile * kSampleTile;
-      const int end = base + static_cast<int>(list.count[tile]);
+      const SampleTile& filled = scratch_.tiles[tile];
+      const int end = base + static_cast<int>(edge ? filled.edge : filled.left);
       for (int at = base + unit % ways * 32 + lane; at < end; at += kAhead * ways * 32) {
         Key keys[kAhead] = {};
         uint64_t mass[kAhead] = {};
@@ -574,28 +604,27 @@ class RowSampler {
           const int place = at + a * ways * 32;
           if (place < end) {
             keys[a] = list.keys[place];
-            if (masses) mass[a] = masses[place];
+            if (!edge) mass[a] = scratch_.mass[place];
           }
         }
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          const uint32_t* id = list.ids + (at + a * ways * 32);
-          if (stays(keys[a], id)) visit(keys[a], id, mass[a]);
+          const int place = at + a * ways * 32;
+          if (stays(list, keys[a], place)) visit(keys[a], place, mass[a]);
         }
       }
     }
   }
 
-  // Adds up a list's weights, masses or ones, by digit_of(key, id) where it is a digit; then
-  // pick_bin.
+  // Adds up a list's weights, ones on the edge and else masses, by digit_of(key, place) where it is
+  // a digit; then pick_bin.
   template <class Digit, class Goal>
-  SIMT_FN void choose_digit(const SampleList<Key>& list, const uint64_t* masses,
-                            const Digit& digit_of, const Goal& goal) {
-    for_list(list, masses, [&](Key key, const uint32_t* id, uint64_t mass) {
-      const uint32_t digit = digit_of(key, id);
+  SIMT_FN void choose_digit(bool edge, const Digit& digit_of, const Goal& goal) {
+    for_list(edge, [&](Key key, int place, uint64_t mass) {
+      const uint32_t digit = digit_of(key, place);
       if (digit >= kSampleBins) return;
       atomicAdd(&board_.members[digit], 1u);
-      if (!masses) return;
+      if (edge) return;
       const uint32_t low = static_cast<uint32_t>(mass);
       const uint32_t carry = atomicAdd(&board_.low[digit], low) + low < low;
       const uint32_t high = static_cast<uint32_t>(mass >> 32) + carry;
@@ -607,19 +636,18 @@ class RowSampler {
     uint64_t weights[kBinsEach];
 #pragma unroll
     for (int b = 0; b < kBinsEach; ++b) {
-      weights[b] = masses ? uint64_t{high.v[b]} << 32 | low.v[b] : members.v[b];
+      weights[b] = edge ? members.v[b] : uint64_t{high.v[b]} << 32 | low.v[b];
     }
     pick_bin(members.v, weights, board_, goal);
   }
 
   // Keeps of a list the shortest prefix, in the order of falling logits and rising ids, whose
-  // weight reaches the target, by mass the share top_p of all. Equal logits have equal weights, so
-  // of the last logit as many ids stay as the rest of the target needs. The last `unknown` bits of
-  // that logit's key are to be found; `prefix` has the others.
-  SIMT_FN void keep(const SampleList<Key>& list, const uint64_t* masses, Key prefix, int unknown,
-                    uint64_t target) {
+  // weight reaches the target: on the edge so many, else the share top_p of all masses. Equal
+  // logits have equal weights, so of the last logit as many ids stay as the rest of the target
+  // needs. The last `unknown` bits of that logit's key are to be found; `prefix` has the others.
+  SIMT_FN void keep(bool edge, Key prefix, int unknown, uint64_t target) {
     constexpr uint32_t kNone = kSampleBins;
-    bool fresh = masses != nullptr;
+    bool fresh = !edge;
     const auto goal = [&](uint64_t total) {
       if (fresh) {
         // Not above the total: the largest share below 1 takes a whole step of double away.
@@ -638,8 +666,8 @@ class RowSampler {
       unknown -= width;
       const uint32_t digits = (1u << width) - 1;
       choose_digit(
-          list, masses,
-          [&](Key key, const uint32_t*) {
+          edge,
+          [&](Key key, int) {
             if ((key & known) != prefix) return kNone;
             return static_cast<uint32_t>(~key >> unknown) & digits;
           },
@@ -654,10 +682,11 @@ class RowSampler {
     while ((logits_.vocab - 1) >> shift >= kSampleBins) shift += kSampleDigit;
     for (; shift >= 0 && !all; shift -= kSampleDigit) {
       choose_digit(
-          list, masses,
-          [&](Key key, const uint32_t* own) {
-            if (key != prefix || (*own & id_known) != id) return kNone;
-            return *own >> shift & (kSampleBins - 1);
+          edge,
+          [&](Key key, int place) {
+            if (key != prefix) return kNone;
+            const uint32_t own = list_of(edge).ids[place];
+            return (own & id_known) == id ? own >> shift & (kSampleBins - 1) : kNone;
           },
           goal);
       target -= board_.before;
@@ -676,11 +705,11 @@ class RowSampler {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for (int tile = static_cast<int>(threadIdx.x / 32); tile < tiles_; tile += kSampleWarps) {
       uint64_t own = 0;
-      const int count = static_cast<int>(scratch_.left.count[tile]);
+      const int count = static_cast<int>(scratch_.tiles[tile].left);
 #pragma unroll 4
       for (int j = lane; j < count; j += 32) own += mass_left(tile, j, count);
       own = warp_sum(own);
-      if (lane == 0) scratch_.tile_mass[tile] = own;
+      if (lane == 0) scratch_.tiles[tile].mass = own;
     }
     __syncthreads();
   }
@@ -688,7 +717,7 @@ class RowSampler {
     if (j >= count) return 0;
     const int place = tile * kSampleTile + j;
     const uint64_t mass = scratch_.mass[place];
-    return stays(scratch_.left.keys[place], scratch_.left.ids + place) ? mass : 0;
+    return stays(scratch_.left, scratch_.left.keys[place], place) ? mass : 0;
   }
 
   // The first id, in the order of the vocabulary, where the running mass exceeds u * total, u = (2
@@ -696,14 +725,14 @@ class RowSampler {
   SIMT_FN int64_t invert() {
     const int lane = static_cast<int>(threadIdx.x % 32);
     uint64_t total = 0;
-    for (int t = lane; t < tiles_; t += 32) total += scratch_.tile_mass[t];
+    for (int t = lane; t < tiles_; t += 32) total += scratch_.tiles[t].mass;
     total = warp_sum(total);
     const uint64_t u = 2 * uint64_t{options_.word} + 1;
     uint64_t rest = __umul64hi(u, total) << 31 | u * total >> 33;
     int tile = 0;
-    for (uint64_t mass; rest >= (mass = scratch_.tile_mass[tile]); ++tile) rest -= mass;
+    for (uint64_t mass; rest >= (mass = scratch_.tiles[tile].mass); ++tile) rest -= mass;
     // A thread's share is its eight tokens, or as much of the list.
-    const int count = filtered_ ? static_cast<int>(scratch_.left.count[tile]) : kSampleTile;
+    const int count = filtered_ ? static_cast<int>(scratch_.tiles[tile].left) : kSampleTile;
     const int each = (count + kSampleThreads - 1) / kSampleThreads;
     const int begin = static_cast<int>(threadIdx.x) * each;
     uint64_t own = 0;
@@ -745,7 +774,7 @@ class RowSampler {
   }
 
   const Logits logits_;
-  const SampleOptions options_;
+  const SampleOptions& options_;
   const SampleScratch<Key> scratch_;
   const int part_, parts_, tiles_;
   SampleBoard& board_;
