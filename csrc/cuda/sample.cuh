@@ -363,6 +363,7 @@ class RowSampler {
         board_(board) {}
 
   SIMT_FN void scan() {
+    hold(part_);  // asked for before the options are there
     clear(board_.members);
     clear(board_.low);
     clear(board_.high);
@@ -371,7 +372,7 @@ class RowSampler {
     Key most = least();
     uint32_t first = 0;
     for (int tile = part_; tile < tiles_; tile += parts_) {
-      hold(tile);
+      if (tile != held_) hold(tile);
 #pragma unroll
       for (int e = 0; e < kSampleEach; ++e) {
         if (keys_[e] > most) {
