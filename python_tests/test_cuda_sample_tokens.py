@@ -2,6 +2,7 @@
 
 import itertools
 
+import emulator
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,7 @@ def sanitized():
     for dtype in DTYPES:
         for vocab in (1, 9, 40):
             yield "sample_tokens", sample_args(2, vocab, dtype, top_k=7, top_p=0.7)
+        yield "sample_tokens", sample_args(2, 3, dtype)
         yield "sample_tokens", sample_args(1, 4099, dtype)
 
 
@@ -47,6 +49,13 @@ def check_same_ids(emulated, *args):
     cpu_ids, cpu_valid = torch.ops.synergen.sample_tokens(*args)
     assert torch.equal(ids, cpu_ids) and torch.equal(valid, cpu_valid)
     return ids, valid
+
+
+@pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
+def test_sample_tokens_has_no_races_in_one_block_a_row():
+    raced = emulator.load("race")
+    raced.schedule(2, 7, 2)
+    raced.sample_tokens(*sample_args(7, 5000, torch.bfloat16, top_k=900, top_p=0.8))
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 1500])

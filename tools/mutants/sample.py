@@ -90,6 +90,7 @@ add("cut_short_ = k < total;", "cut_short_ = k + 1 < total;")
 add("left_ = k - board_.before;", "left_ = k;")
 add("inside_ = board_.inside;", "inside_ = k;")
 add("if (tile != held_) hold(tile);", "")
+add("if (tile != held_) hold(tile);", "", which=1)
 add("keys[e] = keys_[first + e];", "keys[e] = keys_[e];")
 add("own += masses[e];", "own = masses[e];")
 add("scratch_.mass[tile * kSampleTile + static_cast<int>(threadIdx.x)] = own;",
@@ -106,7 +107,6 @@ add("const bool second = j + kSampleThreads < count;", "const bool second = fals
 add("const bool second = j + kSampleThreads < count;", "const bool second = true;")
 # draw
 add("cut_short_ && left_ < inside_", "cut_short_ && false")
-add("keep(true, floor_, kKeyBits - kSampleDigit", "keep(true, floor_, kKeyBits")
 add("keep(true, floor_", "keep(false, floor_")
 add("edge ? filled.edge : filled.left", "filled.left")
 add("return edge ? scratch_.edge : scratch_.left;", "return scratch_.left;")
