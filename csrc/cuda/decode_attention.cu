@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(128) decode_attention_join_kernel(DecodeLaunch
   const DecodeAttentionParams& p = launch.p;
   const int64_t row = blockIdx.x, each = p.dim + 2;
   const Keys keys(p, row / p.heads);
-  const int64_t parts = keys.begin < keys.end ? ceil_div(keys.end - keys.begin, launch.span) : 0;
+  const int64_t parts = ceil_div(keys.end - keys.begin, launch.span);
   const A* part = static_cast<const A*>(p.scratch) + row * launch.splits * each;
   for (int64_t d = threadIdx.x; d < p.dim; d += blockDim.x) {
     const Joined<A> all(part, parts, each, d, p.dim);

@@ -24,13 +24,15 @@ struct DecodeLaunch {
 SIMT_FN float minus_infinity(float) { return __uint_as_float(0xff800000u); }
 SIMT_FN double minus_infinity(double) { return minus_infinity(0.0f); }
 
-// The row's keys.
+// The row's keys, within the cache whatever the row asks for.
 struct Keys {
   int64_t begin, end;
-  SIMT_FN Keys(const DecodeAttentionParams& p, int64_t row) {
-    const int64_t start = p.starts.at(row, 0), length = p.lengths.at(row, 0);
-    begin = start > 0 ? start : 0;
-    end = length < p.keys ? length : p.keys;
+  SIMT_FN Keys(const DecodeAttentionParams& p, int64_t row)
+      : end(within(p.lengths.at(row, 0), p.keys)) {
+    begin = within(p.starts.at(row, 0), end);
+  }
+  SIMT_FN static int64_t within(int64_t place, int64_t most) {
+    return place < 0 ? 0 : place < most ? place : most;
   }
 };
 
