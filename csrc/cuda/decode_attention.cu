@@ -28,6 +28,11 @@
 namespace synergen::cuda {
 namespace {
 
+using namespace decoding;
+
+// Packs of values that a lane asks for at once: 2 KB a warp, and as much of the keys.
+constexpr int kAhead = 4;
+
 // All types, any dim, any strides: lane j of a warp takes key j of 32 for the logits, then lanes
 // take the packs of a value, several values at once where one has few. A block takes `width` of
 // out's elements; where dim has more, other blocks read the keys again.
@@ -65,14 +70,14 @@ __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(Decode
     A weight[Q] = {};
     if (lane < count) {
       const T* own = keys + (key + lane) * p.k_strides[1];
-#pragma unroll 4
+#pragma unroll kAhead
       for (int64_t i = 0; i < packs; ++i) {
         const Pack<T, N> pack = load_pack<N>(own, i, p.k_strides[3]);
 #pragma unroll
-        for (int e = 0; e < N; ++e) {
-          const A x = simt::widen(pack.v[e]);
+        for (int g = 0; g < Q; ++g) {
+          const Pack<A, N> query = load_pack<N>(q + g * p.dim, i, 1);
 #pragma unroll
-          for (int g = 0; g < Q; ++g) weight[g] += q[g * p.dim + i * N + e] * x;
+          for (int e = 0; e < N; ++e) weight[g] += query.v[e] * simt::widen(pack.v[e]);
         }
       }
     }
@@ -92,17 +97,24 @@ __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(Decode
 #pragma unroll
       for (int e = 0; e < N; ++e) out[g][e] *= shrink;
     }
-    for (int from = 0; from < count; from += 32 / lanes) {
-      const int at = from + lane / lanes;
-      Pack<T, N> pack = {};
-      if (at < count && pack_of_lane < packs) {
-        pack = load_pack<N>(values + (key + at) * p.v_strides[1], pack_of_lane, p.v_strides[3]);
+    for (int from = lane / lanes; from - lane / lanes < count; from += kAhead * 32 / lanes) {
+      Pack<T, N> pack[kAhead] = {};
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int at = from + a * (32 / lanes);
+        if (at < count && pack_of_lane < packs) {
+          pack[a] =
+              load_pack<N>(values + (key + at) * p.v_strides[1], pack_of_lane, p.v_strides[3]);
+        }
       }
 #pragma unroll
-      for (int g = 0; g < Q; ++g) {
-        const A w = __shfl_sync(kAll, weight[g], at);
+      for (int a = 0; a < kAhead; ++a) {
 #pragma unroll
-        for (int e = 0; e < N; ++e) out[g][e] += w * simt::widen(pack.v[e]);
+        for (int g = 0; g < Q; ++g) {
+          const A w = __shfl_sync(kAll, weight[g], (from + a * (32 / lanes)) % 32);
+#pragma unroll
+          for (int e = 0; e < N; ++e) out[g][e] += w * simt::widen(pack[a].v[e]);
+        }
       }
     }
   }
@@ -183,21 +195,33 @@ void start_fma(const DecodeLaunch& launch, bool packed, void* stream) {
   }
 }
 
+// Whether tensor cores do it.
+template <class T>
+bool start_mma(const DecodeLaunch& launch, bool packed, void* stream) {
+  const DecodeAttentionParams& p = launch.p;
+  if constexpr (sizeof(T) == 2) {
+    if (!packed || !packs<T>(p.q, p.q_strides[2], p.q_strides, 2)) return false;
+    const int64_t shared = p.dim * 16;  // a warp's fragments of q
+    if (p.dim == 64) {
+      start<T>(launch, decode_attention_mma_kernel<T, 64>, kMmaKeys, 64, shared, stream);
+    } else if (p.dim == 128) {
+      start<T>(launch, decode_attention_mma_kernel<T, 128>, kMmaKeys, 128, shared, stream);
+    } else {
+      return false;
+    }
+    return true;
+  } else {
+    return false;
+  }
+}
+
 template <class T>
 void decode(const DecodeAttentionParams& p, void* stream) {
   const int64_t splits = splits_of(p);
   const DecodeLaunch launch{p, splits, splits == 1 ? p.keys : kSpan, 1, p.dim};
   const bool packed = p.dim % kPack<T> == 0 && packs<T>(p.k, p.k_strides[3], p.k_strides, 3) &&
                       packs<T>(p.v, p.v_strides[3], p.v_strides, 3);
-  const bool mma = sizeof(T) == 2 && packed && packs<T>(p.q, p.q_strides[2], p.q_strides, 2);
-  if constexpr (sizeof(T) == 2) {
-    if (mma && p.dim == 64) {
-      start<T>(launch, decode_attention_mma_kernel<T, 64>, kMmaKeys, 64, 64 * 16, stream);
-    } else if (mma && p.dim == 128) {
-      start<T>(launch, decode_attention_mma_kernel<T, 128>, kMmaKeys, 128, 128 * 16, stream);
-    }
-  }
-  if (!mma || (p.dim != 64 && p.dim != 128)) {
+  if (!start_mma<T>(launch, packed, stream)) {
     if (p.heads / p.kv_heads <= 2) {
       start_fma<T, 2>(launch, packed, stream);
     } else {

@@ -7,7 +7,7 @@
 #include "cuda/access.cuh"
 #include "kernels.h"
 
-namespace synergen::cuda {
+namespace synergen::cuda::decoding {
 
 constexpr int kWarps = 8;  // a block: with 128 registers a thread, two on a multiprocessor
 constexpr int64_t kWhole = 512, kSpan = 256;
@@ -105,4 +105,4 @@ SIMT_FN void finish(const DecodeLaunch& launch, const Task& task, const Acc<T>* 
   }
 }
 
-}  // namespace synergen::cuda
+}  // namespace synergen::cuda::decoding

@@ -3,7 +3,7 @@
 
 #include "cuda/decode_attention.cuh"
 
-namespace synergen::cuda {
+namespace synergen::cuda::decoding {
 
 SIMT_FN uint32_t pair(uint32_t low, uint32_t high) { return (low & 0xffffu) | high << 16; }
 SIMT_FN uint32_t high_pair(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xffff0000u); }
@@ -144,4 +144,4 @@ __global__ void __launch_bounds__(32 * kWarps, 2) decode_attention_mma_kernel(De
   finish<T>(launch, task, parts);
 }
 
-}  // namespace synergen::cuda
+}  // namespace synergen::cuda::decoding
