@@ -7,22 +7,28 @@
 // Bound by memory: 2 * Dh elements a key and key-value head, each once. What hides the latency is
 // bytes under way: a warp asks for a whole step (16 keys: 8 KB at Dh = 128 in 16 bits) before it
 // needs any of it, a multiprocessor holds 16 warps, so 128 KB, where bandwidth times latency is 10
-// KB on an A100 (2.0 TB/s, 0.5 us, 108), 17 on an H100 (3.35, 0.65, 132), 4 on a 4090, 38 on a B200
-// (8, 0.7, 148). Issue slots a scheduler has for 16 bytes a lane at full bandwidth: A100 153, H100
-// 141, 4090 650, B200 74. FMA would take 8 conversions, 8 FMA and 7 for the sum over lanes and the
-// softmax a query: 38 for 2 queries a key-value head, 68 for 4, 128 for 8, so from 4 on it limits a
-// B200, at 8 an H100. Tensor cores (decode_attention_mma_kernel) take 2.5 mma and 2 permutations
-// for any of them: 24 mma of 8 cycles for the 16 loads of a step, 192 of the 2,256 cycles that an
-// H100 needs to bring it. float32 has half the elements, 8 a query and pack in all: FMA.
+// KB on an A100 (2.0 TB/s, 0.5 us, 108 multiprocessors), 17 on an H100 (3.35, 0.65, 132), 4 on a
+// 4090 (1.0, 0.55, 128), 38 on a B200 (8, 0.7, 148).
+//
+// Issue slots that a scheduler has for each 16 bytes a lane at full bandwidth: A100 153, H100 141,
+// 4090 650, B200 74. With FMA a pack of 16 bits takes 8 conversions and, a query, 8 FMA and 7 for
+// the sum over lanes and the softmax: 38 for 2 queries a key-value head, 68 for 4, 128 for 8, so
+// from 4 on it would limit a B200, at 8 an H100. On tensor cores (decode_attention_mma.cuh) the
+// loop is 385 instructions for 16 packs at Dh = 128 (24 each, of them 1.5 mma), 227 for 8 at Dh =
+// 64 (28), whatever the group: a third of a B200's slots. An mma is 8 cycles, 12 a pack. The kernel
+// here, in float32 at Dh = 128: 15 instructions a pack of keys and 29 a pack of values for 2
+// queries, 47 and 60 for 8, so 54 of the 74.
 //
 // Time where it is short: 400 keys of 2 rows and 8 key-value heads are 3.3 MB, 1 us of an H100; a
-// launch in a graph is 1.3 us and a round trip to memory 0.7. So up to kWhole keys a block goes
-// through a row alone, four steps a warp, 0.2 MB at 64 bytes a cycle: 1.8 us on 16 multiprocessors,
-// where two launches would be 0.7 + 0.6 us and another 2. Beyond, blocks of kSpan keys: 2,048 keys
-// give those rows 128 blocks; their partial answers are 2 * (Dh + 2) floats a query and span, 0.8 %
-// of what is read for each query head of a key-value head. Neither depends on the batch, and spans
-// count from the row's start, so a row's bits depend on its own keys and S > kWhole alone.
-#include "cuda/decode_attention.cuh"
+// launch in a graph is 1.3 us and a round trip to memory 0.7. The launch is the limit, not the
+// bytes: in 24 layers 91 us a token, 24 of them bytes, beside 900 us for the weights. So up to
+// kWhole keys a block goes through a row alone, four steps a warp, 0.2 MB at 64 bytes a cycle: 1.3
+// + 0.7 + 1.8 us on 16 multiprocessors, where two launches would be 1.3 + 0.7 + 0.6 and 1.3 + 0.8.
+// Beyond, blocks of kSpan keys: 2,048 keys give those rows 128 blocks; writing and reading their
+// parts, 2 * (Dh + 2) floats a query and span, is 0.8 % of the keys' and values' bytes for each
+// query a key-value head. Neither depends on the batch, and spans count from the row's start, so a
+// row's bits depend on its own keys and on S > kWhole alone. 16 keys or fewer are one warp.
+#include "cuda/decode_attention_common.cuh"
 #include "cuda/decode_attention_mma.cuh"
 
 namespace synergen::cuda {

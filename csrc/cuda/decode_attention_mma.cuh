@@ -1,7 +1,7 @@
 // decode_attention on tensor cores: 16-bit types, heads of 64 or 128.
 #pragma once
 
-#include "cuda/decode_attention.cuh"
+#include "cuda/decode_attention_common.cuh"
 
 namespace synergen::cuda::decoding {
 

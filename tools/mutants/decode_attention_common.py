@@ -1,8 +1,8 @@
-"""decode_attention.cuh: which keys a block reads, and how parts of an answer are joined."""
+"""decode_attention_common.cuh: which keys a block reads, and how parts of an answer are joined."""
 
 from . import planted
 
-MUTANTS, add = planted("decode_attention.cuh", "decode_attention.cu")
+MUTANTS, add = planted("decode_attention_common.cuh", "decode_attention.cu")
 
 add("end(within(p.lengths.at(row, 0), p.keys))", "end(p.lengths.at(row, 0))")
 add("begin = within(p.starts.at(row, 0), end);", "begin = p.starts.at(row, 0);")

@@ -10,9 +10,9 @@
 namespace synergen::cuda::decoding {
 
 constexpr int kWarps = 8;  // a block: with 128 registers a thread, two on a multiprocessor
-constexpr int64_t kWhole = 512, kSpan = 256;
-constexpr int kQueries = 8;                  // the columns of an mma
-constexpr int kMmaKeys = 16, kFmaKeys = 32;  // a step of a warp
+constexpr int64_t kWhole = 512, kSpan = 256;  // the reasons are in decode_attention.cu
+constexpr int kQueries = 8;                   // the columns of an mma
+constexpr int kMmaKeys = 16, kFmaKeys = 32;   // a step of a warp
 constexpr unsigned kAll = 0xffffffffu;
 
 struct DecodeLaunch {
