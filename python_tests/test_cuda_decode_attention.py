@@ -3,7 +3,7 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import check
+from cuda_cases import UNPACKED, check
 from emulator import SCHEDULES
 
 from synergen_ext.testing import DTYPES, LAYOUTS, laid_out, normal
@@ -32,6 +32,13 @@ PATHS = {
 SMALL = {"decode_attention": PATHS["mma-split"]}
 
 
+def unpacked(which, lay, dim, dtype):
+    """Only one of q, k and v lies so that 16 bytes cannot be read at once."""
+    args = list(decode_args([19, 30], 30, (4, 2), dim, dtype))
+    args[which] = lay(args[which])
+    return args
+
+
 def sanitized():
     """Calls of odd sizes and layouts for test_cuda_emulated.py to make under the sanitizers."""
     for path in PATHS.values():
@@ -39,6 +46,9 @@ def sanitized():
     for dtype in DTYPES:
         for dim in (5, 40, 64):
             yield "decode_attention", decode_args([0, 1, 17], 17, (3, 1), dim, dtype)
+        for which in range(3):
+            for lay in UNPACKED:
+                yield "decode_attention", unpacked(which, lay, 64, dtype)
 
 
 @pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
@@ -60,10 +70,10 @@ def test_decode_attention_has_the_same_bits_under_every_schedule(emulated, path)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (4, 1), (7, 1), (18, 2)])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (4, 1), (7, 1), (34, 2)])
 @pytest.mark.parametrize("dim", [64, 128, 72])
 def test_decode_attention_of_groups(emulated, heads, dim, dtype):
-    """One to nine query heads for each of keys and values: eight are answered at once."""
+    """One to seventeen query heads for each of keys and values: eight are answered at once."""
     check(emulated, "decode_attention", *decode_args([33, 20], 40, heads, dim, dtype))
 
 
@@ -101,14 +111,17 @@ def test_decode_attention_layouts(emulated, layout, dim, dtype):
     check(emulated, "decode_attention", *args)
 
 
-@pytest.mark.parametrize("odd", range(6))
-def test_decode_attention_of_what_cannot_be_read_in_packs(emulated, odd, dtype):
-    """q, k or v begins, or has rows, one element off 16 bytes."""
-    args = list(decode_args([19, 30], 30, (4, 2), 64, dtype))
-    which, shape = odd % 3, args[odd % 3].shape
-    room = args[which].new_zeros(*shape[:-1], shape[-1] + 1)
-    args[which] = (room[..., 1:] if odd < 3 else room[..., :-1]).copy_(args[which])
-    check(emulated, "decode_attention", *args)
+@pytest.mark.parametrize("lay", UNPACKED)
+@pytest.mark.parametrize("which", range(3))
+def test_decode_attention_of_what_cannot_be_read_in_packs(emulated, which, lay, dtype):
+    for dim in (40, 64):
+        check(emulated, "decode_attention", *unpacked(which, lay, dim, dtype))
+
+
+def test_decode_attention_of_dims_that_fill_no_pack_in_rows_that_do(emulated, dtype):
+    q, k, v, *rest = decode_args([19, 30], 30, (4, 2), 13, dtype)
+    q, k, v = (t.new_full((*t.shape[:-1], 16), torch.nan)[..., :13].copy_(t) for t in (q, k, v))
+    check(emulated, "decode_attention", q, k, v, *rest)
 
 
 def test_decode_attention_in_the_layout_of_a_cache(emulated, dtype):
@@ -132,14 +145,17 @@ def test_decode_attention_of_a_row_depends_on_its_keys_alone(emulated):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_attention_of_large_logits(emulated, dtype):
-    """Logits of thousands: one key has all the weight, wherever it lies."""
-    q, k, v, _, _, _ = decode_args([600], 600, (2, 1), 64, dtype)
-    for at in (0, 20, 299, 599):
+@pytest.mark.parametrize("keys", [512, 600])
+def test_decode_attention_of_large_logits(emulated, keys, dtype):
+    """Logits of thousands: one key has all the weight, wherever it lies, also in an early step of a warp."""
+    q, k, v, _, _, _ = decode_args([keys], keys, (2, 1), 64, dtype)
+    for at in (0, 20, 299, keys - 1):
         far = (k * 0 - 60 * q[:, None, :1].sign()).clone()
         far[:, at] *= -1
-        got = emulated.decode_attention(q[:, :1], far, v, torch.tensor([600]), None, 1.0)
+        got = emulated.decode_attention(q[:, :1], far, v, torch.tensor([keys]), None, 1.0)
         assert torch.equal(got[0, 0], v[0, at, 0])
+    low = -60 * q[:, None, :1].sign().expand_as(k)
+    check(emulated, "decode_attention", q[:, :1], low, v, torch.tensor([keys]), None, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -82,7 +82,7 @@ struct Joined {
 };
 
 // The warps' parts, [warps, queries, width + 2] in shared memory, become the answer, or a part of
-// it in scratch, [batch * heads, splits, dim + 2].
+// it in scratch, [batch * heads, splits, dim + 2], where the block had keys.
 template <class T>
 SIMT_FN void finish(const DecodeLaunch& launch, const Task& task, const Acc<T>* parts) {
   using A = Acc<T>;
@@ -97,7 +97,7 @@ SIMT_FN void finish(const DecodeLaunch& launch, const Task& task, const Acc<T>* 
     const int64_t row = task.row * p.heads + task.head + query;
     if (launch.splits == 1) {
       static_cast<T*>(p.out)[row * p.dim + column] = simt::narrow<T>(all.answer());
-    } else {
+    } else if (task.begin < task.end) {
       A* part = static_cast<A*>(p.scratch) + (row * launch.splits + task.split) * (p.dim + 2);
       part[column] = all.value;
       if (column == 0) part[p.dim] = all.peak, part[p.dim + 1] = all.total;
