@@ -34,7 +34,13 @@ def build(*targets: str) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (BUILD / "build.ninja").is_file():
+        cache = BUILD / "CMakeCache.txt"
+        configured = f"\nPython_EXECUTABLE:UNINITIALIZED={sys.executable}\n"
+        if cache.is_file() and configured not in cache.read_text():  # for another Python
+            shutil.rmtree(BUILD / "CMakeFiles")
+            for stale in (cache, *BUILD.glob("synergen_simt*.so")):
+                stale.unlink()
+        if not cache.is_file():
             paths = (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}")
             paths += ("-DCMAKE_CXX_COMPILER=g++",)  # as in the other places that compile for the emulator
             _run("cmake", "-G", "Ninja", "-S", ROOT / "cmake" / "simt", "-B", BUILD, *paths)
