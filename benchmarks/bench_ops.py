@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synergen_ext import ops
-from synergen_ext.ops import reference
+from synergen_ext.ops import eager, reference
 from synergen_ext.testing import assert_as_accurate, normal, to_float64
 
 
@@ -49,6 +49,18 @@ def rms_norm(rows: int, dim: int, dtype: torch.dtype, train: bool = False) -> Wo
         reference.rms_norm,
         bytes=(5 if train else 2) * size(x),
         train=train,
+    )
+
+
+def add_rms_norm(rows: int, dim: int, dtype: torch.dtype) -> Work:
+    x, residual = normal(rows, dim, dtype=dtype), normal(rows, dim, dtype=dtype, seed=1)
+    weight = normal(dim, dtype=dtype, seed=2)
+    return Work(
+        (x, residual, weight),
+        ops.add_rms_norm,
+        eager.add_rms_norm,
+        reference.add_rms_norm,
+        bytes=4 * size(x),
     )
 
 
@@ -124,6 +136,19 @@ def expert_ffn(tokens: tuple[int, ...], dim: int, hidden: int, dtype: torch.dtyp
     )
 
 
+def decode_attention(rows: int, keys: int, heads: tuple[int, int], dim: int, dtype: torch.dtype) -> Work:
+    """The model's cache, [B, Hkv, S, Dh], full."""
+    q = normal(rows, heads[0], dim, dtype=dtype)
+    k, v = (normal(rows, heads[1], keys, dim, dtype=dtype, seed=s).transpose(1, 2) for s in (1, 2))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)
+        return y[:, :, 0]
+
+    args = (q, k, v, torch.full((rows,), keys))
+    return Work(args, ops.decode_attention, attend, reference.decode_attention, bytes=size(k, v))
+
+
 def sample_tokens(rows: int, vocab: int, dtype: torch.dtype, **options: Any) -> Work:
     logits, uncond = 2 * normal(rows, vocab, dtype=dtype), 2 * normal(rows, vocab, dtype=dtype)
     seed = torch.arange(rows)
@@ -163,6 +188,12 @@ CASES: dict[str, dict[str, Callable[[], Work]]] = {
         "paper-512": lambda: rms_norm(512, 2048, F32),
         "paper-512-bf16": lambda: rms_norm(512, 2048, BF16),
     },
+    "add_rms_norm": {
+        "demo-2": lambda: add_rms_norm(2, 256, F32),
+        "paper-2": lambda: add_rms_norm(2, 2048, F32),
+        "paper-512": lambda: add_rms_norm(512, 2048, F32),
+        "paper-512-bf16": lambda: add_rms_norm(512, 2048, BF16),
+    },
     "rope": {
         "demo-512": lambda: rope(512, (4, 2), 64, F32),
         "paper-2": lambda: rope(2, (16, 8), 128, F32),
@@ -187,6 +218,13 @@ CASES: dict[str, dict[str, Callable[[], Work]]] = {
         "paper-64+192": lambda: expert_ffn((64, 192), 2048, 8192, F32),
         "paper-64+192-bf16": lambda: expert_ffn((64, 192), 2048, 8192, BF16),
         "paper-64+192-train": lambda: expert_ffn((64, 192), 2048, 8192, F32, train=True),
+    },
+    "decode_attention": {
+        "demo-2": lambda: decode_attention(2, 60, (4, 2), 64, F32),
+        "paper-head-2": lambda: decode_attention(2, 16, (16, 8), 128, F32),
+        "paper-2": lambda: decode_attention(2, 400, (16, 8), 128, F32),
+        "paper-2-bf16": lambda: decode_attention(2, 400, (16, 8), 128, BF16),
+        "paper-16-bf16": lambda: decode_attention(16, 400, (16, 8), 128, BF16),
     },
     "sample_tokens": {
         "demo-16": lambda: sample_tokens(16, 1024, F32, guidance=3.0),

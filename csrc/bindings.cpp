@@ -20,6 +20,11 @@ STABLE_TORCH_LIBRARY(synergen, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps=1e-5) -> Tensor");
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps=1e-5) -> (Tensor, Tensor)");
+  m.def(
+      "add_rms_norm_backward(Tensor dy, Tensor dsum, Tensor sum, Tensor weight, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
       "rope(Tensor q, Tensor k, Tensor positions, float theta=1e6, bool inverse=False) -> (Tensor, "
       "Tensor)");
   m.def("fold_tokens(Tensor ids, Tensor table, Tensor pos, int m, int n) -> Tensor");
@@ -42,6 +47,9 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "expert_ffn_quantized(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor gate_scale, "
       "Tensor up_scale, Tensor down_scale, Tensor expert_index, Tensor? expert_weight) -> Tensor");
   m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+      "Tensor? starts=None, float? scale=None) -> Tensor");
+  m.def(
       "sample_tokens(Tensor logits, Tensor seed, Tensor position, Tensor? uncond_logits=None, "
       "Tensor? guidance=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None) "
       "-> (Tensor, Tensor)");
@@ -50,6 +58,8 @@ STABLE_TORCH_LIBRARY(synergen, m) {
 STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("rms_norm", SYNERGEN_TORCH_OP(rms_norm));
   m.impl("rms_norm_backward", SYNERGEN_TORCH_OP(rms_norm_backward));
+  m.impl("add_rms_norm", SYNERGEN_TORCH_OP(add_rms_norm));
+  m.impl("add_rms_norm_backward", SYNERGEN_TORCH_OP(add_rms_norm_backward));
   m.impl("rope", SYNERGEN_TORCH_OP(rope));
   m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
   m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
@@ -59,6 +69,7 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
   m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
+  m.impl("decode_attention", SYNERGEN_TORCH_OP(decode_attention));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 
@@ -68,6 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("rms_norm", SYNERGEN_TORCH_OP(rms_norm));
   m.impl("rms_norm_backward", SYNERGEN_TORCH_OP(rms_norm_backward));
+  m.impl("add_rms_norm", SYNERGEN_TORCH_OP(add_rms_norm));
+  m.impl("add_rms_norm_backward", SYNERGEN_TORCH_OP(add_rms_norm_backward));
   m.impl("rope", SYNERGEN_TORCH_OP(rope));
   m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
   m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
@@ -77,6 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
   m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
+  m.impl("decode_attention", SYNERGEN_TORCH_OP(decode_attention));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 #endif

@@ -33,6 +33,21 @@ struct RmsNormBackwardParams : RmsNormParams {
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
+// sum = x + residual, rounded to dtype; y = rms_norm(sum).
+struct AddRmsNormParams : RmsNormParams {
+  const void* residual;  // [rows, dim], dtype of x
+  Rows residual_rows;
+  int64_t residual_stride;
+  void* sum;  // [rows, dim], contiguous
+};
+
+// x is the sum; dx is the gradient of x and of residual alike.
+struct AddRmsNormBackwardParams : RmsNormBackwardParams {
+  const void* dsum;  // [rows, dim], dtype of x
+  Rows dsum_rows;
+  int64_t dsum_stride;
+};
+
 // Rotates the halves of each head by position * theta^(-2 i / dim), i < dim / 2: element i goes
 // with i + dim / 2.
 struct RopeParams {
@@ -130,6 +145,21 @@ struct PerRow {
   SYNERGEN_HD T at(int64_t row, T otherwise) const { return data ? data[row * stride] : otherwise; }
 };
 
+// out[b, h] = sum_j w_j v[b, j, h / group] with w = softmax(scale * q[b, h] . k[b, j, h / group])
+// over the keys starts[b] <= j < lengths[b], group = heads / kv_heads; 0 where there are none.
+struct DecodeAttentionParams {
+  DType dtype;  // of q, k, v and out
+  int64_t batch, heads, kv_heads, keys, dim;
+  double scale;
+  const void* q;  // [batch, heads, dim]
+  int64_t q_strides[3];
+  const void *k, *v;  // [batch, keys, kv_heads, dim] twice
+  int64_t k_strides[4], v_strides[4];
+  PerRow<int64_t> lengths, starts;  // values outside [0, keys] mean the nearest inside
+  void* out;                        // [batch, heads, dim], contiguous
+  void* scratch;                    // CUDA only: scratch_bytes() of it, 256-byte aligned
+};
+
 // ids[r] ~ softmax(l / temperature) over the top_k and top_p survivors, l = u + guidance * (c - u).
 struct SampleTokensParams {
   DType dtype;  // of logits and uncond
@@ -145,38 +175,46 @@ struct SampleTokensParams {
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
-#define SYNERGEN_CPU_KERNELS(X)                     \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_backward, RmsNormBackwardParams)       \
-  X(rope, RopeParams)                               \
-  X(fold_tokens, FoldTokensParams)                  \
-  X(fold_tokens_backward, FoldTokensBackwardParams) \
-  X(fold_ids, FoldIdsParams)                        \
-  X(expert_ffn, ExpertFfnParams)                    \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
-  X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
-  X(sample_tokens, SampleTokensParams)
+#define SYNERGEN_CPU_KERNELS(X)                      \
+  X(rms_norm, RmsNormParams)                         \
+  X(rms_norm_backward, RmsNormBackwardParams)        \
+  X(rope, RopeParams)                                \
+  X(fold_tokens, FoldTokensParams)                   \
+  X(fold_tokens_backward, FoldTokensBackwardParams)  \
+  X(fold_ids, FoldIdsParams)                         \
+  X(expert_ffn, ExpertFfnParams)                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)    \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams)  \
+  X(sample_tokens, SampleTokensParams)               \
+  X(add_rms_norm, AddRmsNormParams)                  \
+  X(add_rms_norm_backward, AddRmsNormBackwardParams) \
+  X(decode_attention, DecodeAttentionParams)
 
-#define SYNERGEN_CUDA_KERNELS(X)                    \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_backward, RmsNormBackwardParams)       \
-  X(rope, RopeParams)                               \
-  X(fold_tokens, FoldTokensParams)                  \
-  X(fold_tokens_backward, FoldTokensBackwardParams) \
-  X(fold_ids, FoldIdsParams)                        \
-  X(expert_ffn, ExpertFfnParams)                    \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
-  X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
-  X(sample_tokens, SampleTokensParams)
+#define SYNERGEN_CUDA_KERNELS(X)                     \
+  X(rms_norm, RmsNormParams)                         \
+  X(rms_norm_backward, RmsNormBackwardParams)        \
+  X(rope, RopeParams)                                \
+  X(fold_tokens, FoldTokensParams)                   \
+  X(fold_tokens_backward, FoldTokensBackwardParams)  \
+  X(fold_ids, FoldIdsParams)                         \
+  X(expert_ffn, ExpertFfnParams)                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)    \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams)  \
+  X(sample_tokens, SampleTokensParams)               \
+  X(add_rms_norm, AddRmsNormParams)                  \
+  X(add_rms_norm_backward, AddRmsNormBackwardParams) \
+  X(decode_attention, DecodeAttentionParams)
 
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
-#define SYNERGEN_CUDA_SCRATCH(X)                    \
-  X(rms_norm_backward, RmsNormBackwardParams)       \
-  X(fold_tokens_backward, FoldTokensBackwardParams) \
-  X(expert_ffn, ExpertFfnParams)                    \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
-  X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
-  X(sample_tokens, SampleTokensParams)
+#define SYNERGEN_CUDA_SCRATCH(X)                     \
+  X(rms_norm_backward, RmsNormBackwardParams)        \
+  X(fold_tokens_backward, FoldTokensBackwardParams)  \
+  X(expert_ffn, ExpertFfnParams)                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)    \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams)  \
+  X(sample_tokens, SampleTokensParams)               \
+  X(add_rms_norm_backward, AddRmsNormBackwardParams) \
+  X(decode_attention, DecodeAttentionParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
 // hold the same sources.

@@ -1,4 +1,4 @@
-"""rms_norm by the emulator: see test_cuda_emulated.py."""
+"""rms_norm and add_rms_norm by the emulator: see test_cuda_emulated.py."""
 
 import pytest
 import torch
@@ -12,16 +12,34 @@ def rms_norm_args(*shape, dtype, weight_dtype=None, layout="contiguous"):
     return (*(laid_out(t, layout) for t in (normal(*shape, dtype=dtype), weight)), 1e-5)
 
 
+def add_rms_norm_args(*shape, dtype, weight_dtype=None, layout="contiguous"):
+    x, *rest = rms_norm_args(*shape, dtype=dtype, weight_dtype=weight_dtype, layout=layout)
+    return x, laid_out(normal(*shape, dtype=dtype, seed=3), layout), *rest
+
+
+def add_rms_norm_gradients(*shape, dtype, weight_dtype=None, layout="contiguous"):
+    """The arguments of add_rms_norm_backward: dy, dsum, sum, weight, eps."""
+    dy = laid_out(normal(*shape, dtype=dtype, seed=2), layout)
+    return dy, *add_rms_norm_args(*shape, dtype=dtype, weight_dtype=weight_dtype, layout=layout)
+
+
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
 SMALL = {
     "rms_norm": lambda: rms_norm_args(5, 264, dtype=torch.bfloat16),
     "rms_norm_backward": lambda: (normal(5, 270, seed=2), *rms_norm_args(5, 270, dtype=torch.float32)),
+    "add_rms_norm": lambda: add_rms_norm_args(5, 264, dtype=torch.bfloat16),
+    "add_rms_norm_backward": lambda: add_rms_norm_gradients(5, 270, dtype=torch.float32),
 }
 
 
 def unpacked(dtype, lay):
     x, weight, eps = rms_norm_args(3, 16, dtype=dtype)
-    return [("rms_norm", (lay(x), weight, eps)), ("rms_norm_backward", (lay(x), lay(x), weight, eps))]
+    return [
+        ("rms_norm", (lay(x), weight, eps)),
+        ("rms_norm_backward", (lay(x), lay(x), weight, eps)),
+        ("add_rms_norm", (x, lay(x), weight, eps)),
+        ("add_rms_norm_backward", (x, lay(x), x, weight, eps)),
+    ]
 
 
 def sanitized():
@@ -30,6 +48,8 @@ def sanitized():
         for dim in (1, 9, 40):
             yield "rms_norm", rms_norm_args(3, dim, dtype=dtype)
             yield "rms_norm_backward", (normal(3, dim, dtype=dtype), *rms_norm_args(3, dim, dtype=dtype))
+            yield "add_rms_norm", add_rms_norm_args(3, dim, dtype=dtype)
+            yield "add_rms_norm_backward", add_rms_norm_gradients(3, dim, dtype=dtype)
         for lay in UNPACKED:
             yield from unpacked(dtype, lay)
 
@@ -79,4 +99,45 @@ def test_rms_norm_without_rows(emulated):
     args = rms_norm_args(0, 8, dtype=torch.float32)
     assert emulated.rms_norm(*args).shape == (0, 8)
     dx, dweight = emulated.rms_norm_backward(normal(0, 8), *args)
+    assert dx.shape == (0, 8) and torch.equal(dweight, torch.zeros(8))
+
+
+@pytest.mark.parametrize("dim", [1, 7, 8, 33, 256, 264])
+def test_add_rms_norm(emulated, dim, dtype):
+    check(emulated, "add_rms_norm", *add_rms_norm_args(5, dim, dtype=dtype))
+    check(emulated, "add_rms_norm_backward", *add_rms_norm_gradients(5, dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_add_rms_norm_layouts(emulated, layout, dtype):
+    check(emulated, "add_rms_norm", *add_rms_norm_args(2, 3, 24, dtype=dtype, layout=layout))
+    check(emulated, "add_rms_norm_backward", *add_rms_norm_gradients(2, 3, 24, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [24, 33])
+def test_add_rms_norm_with_a_float32_weight(emulated, dim, dtype):
+    check(emulated, "add_rms_norm", *add_rms_norm_args(5, dim, dtype=dtype, weight_dtype=torch.float32))
+    check(emulated, "add_rms_norm_backward", *add_rms_norm_gradients(5, dim, dtype=dtype, weight_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dim", [40, 2051, 8200])
+def test_add_rms_norm_has_the_bits_of_two_steps(emulated, dim, dtype):
+    """Rows that fit the registers and longer ones, whose sum is read again."""
+    x, residual, weight, eps = add_rms_norm_args(3, dim, dtype=dtype)
+    y, total = emulated.add_rms_norm(x, residual, weight, eps)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, emulated.rms_norm(total, weight, eps))
+
+
+@pytest.mark.parametrize("dim", [2051, 8200])
+def test_add_rms_norm_backward_of_rows_longer_than_the_registers(emulated, dim):
+    for dtype in (torch.float32, torch.float64):
+        check(emulated, "add_rms_norm_backward", *add_rms_norm_gradients(3, dim, dtype=dtype))
+
+
+def test_add_rms_norm_without_rows(emulated):
+    y, total = emulated.add_rms_norm(*add_rms_norm_args(0, 8, dtype=torch.float32))
+    assert y.shape == total.shape == (0, 8)
+    dx, dweight = emulated.add_rms_norm_backward(*add_rms_norm_gradients(0, 8, dtype=torch.float32))
     assert dx.shape == (0, 8) and torch.equal(dweight, torch.zeros(8))

@@ -22,6 +22,9 @@ IDS = torch.randint(11, (2, 4, 8), generator=torch.Generator().manual_seed(0))
 CASES = {
     "rms_norm": lambda f: (f(3, 5, 21), f(21), 1e-4),
     "rms_norm_backward": lambda f: (f(3, 5, 21), f(3, 5, 21), f(21), 1e-4),
+    "add_rms_norm": lambda f: (f(3, 5, 21), f(3, 5, 21), f(21), 1e-4),
+    "add_rms_norm_backward": lambda f: (f(3, 5, 21), f(3, 5, 21), f(3, 5, 21), f(21), 1e-4),
+    "decode_attention": lambda f: (f(2, 4, 14), f(2, 5, 2, 14), f(2, 5, 2, 14), torch.tensor([5, 3]), None, 0.4),
     "rope": lambda f: (f(2, 5, 3, 14), f(2, 5, 1, 14), torch.arange(5), 1e5, False),
     "fold_tokens": lambda f: (IDS, f(11, 9), f(4, 8, 9), 2, 4),
     "fold_tokens_backward": lambda f: (f(2, 4, 72), IDS, 11, 2, 4),

@@ -15,6 +15,9 @@ from ._build import load
 
 _kernels = load().kernels
 
+add_rms_norm = _kernels.add_rms_norm
+add_rms_norm_backward = _kernels.add_rms_norm_backward
+decode_attention = _kernels.decode_attention
 expert_ffn = _kernels.expert_ffn
 expert_ffn_backward = _kernels.expert_ffn_backward
 expert_ffn_quantized = _kernels.expert_ffn_quantized
@@ -29,6 +32,9 @@ sample_tokens = _kernels.sample_tokens
 unfold_ids = _kernels.unfold_ids
 
 __all__ = [
+    "add_rms_norm",
+    "add_rms_norm_backward",
+    "decode_attention",
     "expert_ffn",
     "expert_ffn_backward",
     "expert_ffn_quantized",

@@ -10,6 +10,10 @@ inline void define_array_ops(py::module_& kernels) {
   SYNERGEN_ARRAY_OP(kernels, rms_norm, arg("x"), arg("weight"), arg("eps") = 1e-5);
   SYNERGEN_ARRAY_OP(kernels, rms_norm_backward, arg("dy"), arg("x"), arg("weight"),
                     arg("eps") = 1e-5);
+  SYNERGEN_ARRAY_OP(kernels, add_rms_norm, arg("x"), arg("residual"), arg("weight"),
+                    arg("eps") = 1e-5);
+  SYNERGEN_ARRAY_OP(kernels, add_rms_norm_backward, arg("dy"), arg("dsum"), arg("sum"),
+                    arg("weight"), arg("eps") = 1e-5);
   SYNERGEN_ARRAY_OP(kernels, rope, arg("q"), arg("k"), arg("positions"), arg("theta") = 1e6,
                     arg("inverse") = false);
   SYNERGEN_ARRAY_OP(kernels, fold_tokens, arg("ids"), arg("table"), arg("pos"), arg("m"), arg("n"));
@@ -28,6 +32,8 @@ inline void define_array_ops(py::module_& kernels) {
   SYNERGEN_ARRAY_OP(kernels, expert_ffn_quantized, arg("x"), arg("gate"), arg("up"), arg("down"),
                     arg("gate_scale"), arg("up_scale"), arg("down_scale"), arg("expert_index"),
                     arg("expert_weight") = py::none());
+  SYNERGEN_ARRAY_OP(kernels, decode_attention, arg("q"), arg("k_cache"), arg("v_cache"),
+                    arg("lengths"), arg("starts") = py::none(), arg("scale") = py::none());
   SYNERGEN_ARRAY_OP(kernels, sample_tokens, arg("logits"), arg("seed"), arg("position"),
                     arg("uncond_logits") = py::none(), arg("guidance") = py::none(),
                     arg("temperature") = py::none(), arg("top_k") = py::none(),

@@ -1,5 +1,7 @@
-// rms_norm on the GPU: a block takes a row, reads it once and keeps it in registers between the sum
-// and the scaling. Bound by memory: 2 reads or writes of a row forward, 3 backward.
+// rms_norm and add_rms_norm on the GPU: a block takes a row, reads it once and keeps it in
+// registers between the sum and the scaling. Bound by memory: 2 reads or writes of a row forward, 3
+// backward; with a residual 4 and 4, where an addition before and after would read and write 5
+// and 6.
 #include "cuda/access.cuh"
 #include "kernels.h"
 
@@ -13,14 +15,62 @@ constexpr int kEach = 4;
 template <class T>
 constexpr int kHeld = sizeof(T) == 8 ? 0 : kEach;
 
-template <class T, class W, int N>
-__global__ void __launch_bounds__(512) rms_norm_kernel(RmsNormParams p) {
+// The row to be normalised: pack i the first time, and again.
+template <class T, int N>
+class Input {
+ public:
+  SIMT_FN Input(const RmsNormParams& p, int64_t row)
+      : x_(static_cast<const T*>(p.x) + p.x_rows.offset(row)), stride_(p.x_stride) {}
+  SIMT_FN Pack<T, N> read(int64_t i) const { return load_pack<N>(x_, i, stride_); }
+  SIMT_FN Pack<T, N> again(int64_t i) const { return read(i); }
+
+ private:
+  const T* x_;
+  int64_t stride_;
+};
+
+// The same where it is a sum: rounded and written when it is first read.
+template <class T, int N>
+class SumInput {
+ public:
+  SIMT_FN SumInput(const AddRmsNormParams& p, int64_t row)
+      : x_(p, row),
+        residual_(static_cast<const T*>(p.residual) + p.residual_rows.offset(row)),
+        stride_(p.residual_stride),
+        sum_(static_cast<T*>(p.sum) + row * p.dim) {}
+  SIMT_FN Pack<T, N> read(int64_t i) const {
+    Pack<T, N> x = x_.read(i);
+    const Pack<T, N> residual = load_pack<N>(residual_, i, stride_);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      x.v[e] = simt::narrow<T>(simt::widen(x.v[e]) + simt::widen(residual.v[e]));
+    }
+    store_pack(sum_, i, x);
+    return x;
+  }
+  SIMT_FN Pack<T, N> again(int64_t i) const { return load_pack<N>(sum_, i, 1); }
+
+ private:
+  Input<T, N> x_;
+  const T* residual_;
+  int64_t stride_;
+  T* sum_;
+};
+
+// Launch bounds name one block a multiprocessor at least: without it ptxas spills a few registers
+// to fit one block more.
+template <class P>
+constexpr bool kSum =
+    std::is_base_of_v<AddRmsNormParams, P> || std::is_base_of_v<AddRmsNormBackwardParams, P>;
+
+template <class P, class T, class W, int N>
+__global__ void __launch_bounds__(512, 1) rms_norm_kernel(P p) {
   using A = Acc<T>;
   SIMT_SHARED(A, partial, [32]);
   const int64_t count = p.dim / N, beyond = static_cast<int64_t>(kHeld<T>) * blockDim.x;
   const W* weight = static_cast<const W*>(p.weight);
   const int64_t row = blockIdx.x;
-  const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+  const std::conditional_t<kSum<P>, SumInput<T, N>, Input<T, N>> input(p, row);
   T* y = static_cast<T*>(p.y) + row * p.dim;
   const A share = A(1) / static_cast<A>(p.dim);
   Pack<T, N> held[kEach];
@@ -32,10 +82,10 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(RmsNormParams p) {
 #pragma unroll
   for (int k = 0; k < kHeld<T>; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
-    if (i < count) add(held[k] = load_pack<N>(x, i, p.x_stride));
+    if (i < count) add(held[k] = input.read(i));
   }
   for (int64_t i = threadIdx.x + beyond; i < count; i += blockDim.x) {
-    add(load_pack<N>(x, i, p.x_stride));
+    add(input.read(i));
   }
   const A mean = block_sum(sum, partial) * share;
   const A scale = simt::reciprocal_sqrt(mean + static_cast<A>(p.eps));
@@ -54,15 +104,16 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(RmsNormParams p) {
     if (i < count) write(i, held[k]);
   }
   for (int64_t i = threadIdx.x + beyond; i < count; i += blockDim.x) {
-    write(i, load_pack<N>(x, i, p.x_stride));
+    write(i, input.again(i));
   }
 }
 
 // With r = 1 / sqrt(mean(x^2) + eps): dx = r (dy weight - r^2 x mean(dy weight x)), and the terms
-// of dweight = sum over rows of dy x r. A block takes a run of rows and keeps its part of dweight
-// in registers, beyond them in its row of scratch, [pieces, dim].
-template <class T, class W, int N>
-__global__ void __launch_bounds__(512) rms_norm_backward_kernel(RmsNormBackwardParams p) {
+// of dweight = sum over rows of dy x r; where x was a sum, its own gradient comes on top of dx. A
+// block takes a run of rows and keeps its part of dweight in registers, beyond them in its row of
+// scratch, [pieces, dim].
+template <class P, class T, class W, int N>
+__global__ void __launch_bounds__(512, 1) rms_norm_backward_kernel(P p) {
   using A = Acc<T>;
   SIMT_SHARED(A, partial, [32]);
   const int64_t count = p.dim / N, beyond = static_cast<int64_t>(kHeld<T>) * blockDim.x;
@@ -78,6 +129,8 @@ __global__ void __launch_bounds__(512) rms_norm_backward_kernel(RmsNormBackwardP
     const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
     const T* dy = static_cast<const T*>(p.dy) + p.dy_rows.offset(row);
     T* dx = static_cast<T*>(p.dx) + row * p.dim;
+    const T* dsum = nullptr;
+    if constexpr (kSum<P>) dsum = static_cast<const T*>(p.dsum) + p.dsum_rows.offset(row);
     Pack<T, N> held_x[kEach], held_dy[kEach];
     A square = 0, product = 0;
     const auto add = [&](int64_t i, const Pack<T, N>& a, const Pack<T, N>& b) {
@@ -105,12 +158,15 @@ __global__ void __launch_bounds__(512) rms_norm_backward_kernel(RmsNormBackwardP
     const A slope = block_sum(product, partial) * share * r * r;
     const auto write = [&](int64_t i, const Pack<T, N>& a, const Pack<T, N>& b, A* sums) {
       const Pack<W, N> w = load_pack<N>(weight, i, p.weight_stride);
-      Pack<T, N> out;
+      Pack<T, N> own, out;  // own is read here: held with the others it would not fit 128 registers
+      if constexpr (kSum<P>) own = load_pack<N>(dsum, i, p.dsum_stride);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         const A value = simt::widen(a.v[e]), d = simt::widen(b.v[e]);
         sums[e] += d * value * r;
-        out.v[e] = simt::narrow<T>((d * simt::widen(w.v[e]) - value * slope) * r);
+        A result = (d * simt::widen(w.v[e]) - value * slope) * r;
+        if constexpr (kSum<P>) result += simt::widen(own.v[e]);
+        out.v[e] = simt::narrow<T>(result);
       }
       store_pack(dx, i, out);
     };
@@ -147,19 +203,33 @@ __global__ void __launch_bounds__(256) rms_norm_weight_kernel(WeightSum p) {
   static_cast<W*>(p.dweight)[i] = simt::narrow<W>(sum);
 }
 
-template <class T, class W>
-void forward(const RmsNormParams& p, void* stream) {
+template <class T>
+bool residual_packs(const RmsNormParams&) {
+  return true;
+}
+template <class T>
+bool residual_packs(const AddRmsNormParams& p) {
+  return packs<T>(p.residual, p.residual_stride, p.residual_rows) && packs<T>(p.sum, 1, nullptr, 0);
+}
+template <class T>
+bool residual_packs(const AddRmsNormBackwardParams& p) {
+  return packs<T>(p.dsum, p.dsum_stride, p.dsum_rows);
+}
+
+template <class T, class W, class P>
+void forward(const P& p, void* stream) {
   constexpr int N = kPack<T>;
-  const bool packed = p.dim % N == 0 && packs<T>(p.x, p.x_stride, p.x_rows) &&
-                      packs<W>(p.weight, p.weight_stride, nullptr, 0) &&
-                      packs<T>(p.y, 1, nullptr, 0);
-  const dim3 blocks = blocks_for("rms_norm", p.rows, 1);
+  const char* op = kSum<P> ? "add_rms_norm" : "rms_norm";
+  const bool packed =
+      p.dim % N == 0 && residual_packs<T>(p) && packs<T>(p.x, p.x_stride, p.x_rows) &&
+      packs<W>(p.weight, p.weight_stride, nullptr, 0) && packs<T>(p.y, 1, nullptr, 0);
+  const dim3 blocks = blocks_for(op, p.rows, 1);
   if (packed) {
-    simt::launch("rms_norm", rms_norm_kernel<T, W, N>, blocks,
-                 dim3(threads_for(p.dim / N, kEach, 512)), 0, stream, p);
-  } else {
-    simt::launch("rms_norm", rms_norm_kernel<T, W, 1>, blocks, dim3(threads_for(p.dim, kEach, 512)),
+    simt::launch(op, rms_norm_kernel<P, T, W, N>, blocks, dim3(threads_for(p.dim / N, kEach, 512)),
                  0, stream, p);
+  } else {
+    simt::launch(op, rms_norm_kernel<P, T, W, 1>, blocks, dim3(threads_for(p.dim, kEach, 512)), 0,
+                 stream, p);
   }
 }
 
@@ -167,23 +237,23 @@ void forward(const RmsNormParams& p, void* stream) {
 // multiprocessors; their float32 parts are a twelfth of what 8,192 rows in bfloat16 read and write.
 int64_t pieces_of(const RmsNormBackwardParams& p) { return p.rows < 512 ? p.rows : 512; }
 
-template <class T, class W>
-void backward(const RmsNormBackwardParams& p, void* stream) {
+template <class T, class W, class P>
+void backward(const P& p, void* stream) {
   constexpr int N = kPack<T>;
-  const bool packed = p.dim % N == 0 && packs<T>(p.x, p.x_stride, p.x_rows) &&
-                      packs<T>(p.dy, p.dy_stride, p.dy_rows) &&
-                      packs<W>(p.weight, p.weight_stride, nullptr, 0) &&
-                      packs<T>(p.dx, 1, nullptr, 0);
-  const char* op = "rms_norm_backward";
+  const bool packed =
+      p.dim % N == 0 && residual_packs<T>(p) && packs<T>(p.x, p.x_stride, p.x_rows) &&
+      packs<T>(p.dy, p.dy_stride, p.dy_rows) && packs<W>(p.weight, p.weight_stride, nullptr, 0) &&
+      packs<T>(p.dx, 1, nullptr, 0);
+  const char* op = kSum<P> ? "add_rms_norm_backward" : "rms_norm_backward";
   const int64_t pieces = pieces_of(p);
   if (pieces > 0) {
     const dim3 blocks(static_cast<unsigned>(pieces));
     if (packed) {
-      simt::launch(op, rms_norm_backward_kernel<T, W, N>, blocks,
+      simt::launch(op, rms_norm_backward_kernel<P, T, W, N>, blocks,
                    dim3(threads_for(p.dim / N, 1, 512)), 0, stream, p);
     } else {
-      simt::launch(op, rms_norm_backward_kernel<T, W, 1>, blocks, dim3(threads_for(p.dim, 1, 512)),
-                   0, stream, p);
+      simt::launch(op, rms_norm_backward_kernel<P, T, W, 1>, blocks,
+                   dim3(threads_for(p.dim, 1, 512)), 0, stream, p);
     }
   }
   simt::launch(op, rms_norm_weight_kernel<Acc<T>, W>, blocks_for(op, p.dim, 256), dim3(256), 0,
@@ -215,6 +285,22 @@ int64_t scratch_bytes(const RmsNormBackwardParams& p) {
 }
 
 void rms_norm_backward(const RmsNormBackwardParams& p, void* stream) {
+  dispatch(p, [&](auto x, auto weight) {
+    backward<typename decltype(x)::type, typename decltype(weight)::type>(p, stream);
+  });
+}
+
+void add_rms_norm(const AddRmsNormParams& p, void* stream) {
+  dispatch(p, [&](auto x, auto weight) {
+    forward<typename decltype(x)::type, typename decltype(weight)::type>(p, stream);
+  });
+}
+
+int64_t scratch_bytes(const AddRmsNormBackwardParams& p) {
+  return scratch_bytes(static_cast<const RmsNormBackwardParams&>(p));
+}
+
+void add_rms_norm_backward(const AddRmsNormBackwardParams& p, void* stream) {
   dispatch(p, [&](auto x, auto weight) {
     backward<typename decltype(x)::type, typename decltype(weight)::type>(p, stream);
   });

@@ -13,6 +13,12 @@ Tensor rms_norm(Call& call, const Tensor& x, const Tensor& weight, double eps);
 std::tuple<Tensor, Tensor> rms_norm_backward(Call& call, const Tensor& dy, const Tensor& x,
                                              const Tensor& weight, double eps);
 
+std::tuple<Tensor, Tensor> add_rms_norm(Call& call, const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, double eps);
+std::tuple<Tensor, Tensor> add_rms_norm_backward(Call& call, const Tensor& dy, const Tensor& dsum,
+                                                 const Tensor& sum, const Tensor& weight,
+                                                 double eps);
+
 std::tuple<Tensor, Tensor> rope(Call& call, const Tensor& q, const Tensor& k,
                                 const Tensor& positions, double theta, bool inverse);
 
@@ -40,6 +46,9 @@ Tensor expert_ffn_quantized(Call& call, const Tensor& x, const Tensor& gate, con
                             const Tensor& down, const Tensor& gate_scale, const Tensor& up_scale,
                             const Tensor& down_scale, const Tensor& expert_index,
                             const std::optional<Tensor>& expert_weight);
+Tensor decode_attention(Call& call, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& lengths, const std::optional<Tensor>& starts,
+                        const std::optional<double>& scale);
 
 std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const Tensor& seed,
                                          const Tensor& position,

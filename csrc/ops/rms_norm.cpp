@@ -60,4 +60,52 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Call& call, const Tensor& dy, const
   return {dx, dweight};
 }
 
+// x and residual [..., D], weight [D] -> y [..., D], sum [..., D]
+std::tuple<Tensor, Tensor> add_rms_norm(Call& call, const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, double eps) {
+  const char* op = "add_rms_norm";
+  AddRmsNormParams p{};
+  static_cast<RmsNormParams&>(p) = checked(op, call, x, weight, eps);
+  check_shape(op, "residual", residual, "as x", x.sizes);
+  check_same_dtype(op, "residual", residual, "x", x);
+  check_same_device(op, "residual", residual, call);
+  Tensor y = call.empty("y", x.sizes, x.dtype);
+  Tensor sum = call.empty("sum", x.sizes, x.dtype);
+  if (y.numel() == 0) return {y, sum};
+  p.residual = residual.data;
+  p.residual_rows = leading_rows(residual, 1);
+  p.residual_stride = residual.stride(-1);
+  p.y = y.data;
+  p.sum = sum.data;
+  SYNERGEN_LAUNCH(add_rms_norm, p, call);
+  return {y, sum};
+}
+
+// dy, dsum and sum [..., D], weight [D] -> dx [..., D], which is dresidual too, dweight [D]
+std::tuple<Tensor, Tensor> add_rms_norm_backward(Call& call, const Tensor& dy, const Tensor& dsum,
+                                                 const Tensor& sum, const Tensor& weight,
+                                                 double eps) {
+  const char* op = "add_rms_norm_backward";
+  AddRmsNormBackwardParams p{};
+  static_cast<RmsNormParams&>(p) = checked(op, call, sum, weight, eps);
+  for (const auto& [name, t] : {std::pair{"dy", &dy}, std::pair{"dsum", &dsum}}) {
+    check_shape(op, name, *t, "as sum", sum.sizes);
+    check_same_dtype(op, name, *t, "sum", sum);
+    check_same_device(op, name, *t, call);
+  }
+  Tensor dx = call.empty("dx", sum.sizes, sum.dtype);
+  Tensor dweight = call.empty("dweight", weight.sizes, weight.dtype);
+  if (p.dim == 0) return {dx, dweight};
+  p.dy = dy.data;
+  p.dy_rows = leading_rows(dy, 1);
+  p.dy_stride = dy.stride(-1);
+  p.dsum = dsum.data;
+  p.dsum_rows = leading_rows(dsum, 1);
+  p.dsum_stride = dsum.stride(-1);
+  p.dx = dx.data;
+  p.dweight = dweight.data;
+  SYNERGEN_LAUNCH(add_rms_norm_backward, p, call);
+  return {dx, dweight};
+}
+
 }  // namespace synergen

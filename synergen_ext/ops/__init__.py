@@ -11,17 +11,20 @@ what they race against and what training on a CPU uses under autocast:
 
 from . import reference
 from ._backend import backend, current_backend, set_backend
+from .decode_attention import decode_attention
 from .expert_ffn import expert_ffn
 from .expert_ffn_quantized import expert_ffn_quantized
 from .fold_tokens import fold_ids, fold_tokens, unfold_ids
 from .reference import dequantize_weight, quantize_weight
-from .rms_norm import rms_norm
+from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .sample_tokens import sample_tokens
 
 __all__ = [
+    "add_rms_norm",
     "backend",
     "current_backend",
+    "decode_attention",
     "dequantize_weight",
     "expert_ffn",
     "expert_ffn_quantized",

@@ -19,6 +19,8 @@ from .reference import (
 )
 
 __all__ = [
+    "add_rms_norm",
+    "decode_attention",
     "dequantize_weight",
     "expert_ffn",
     "expert_ffn_quantized",
@@ -34,6 +36,31 @@ __all__ = [
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Here what lies outside a row's keys must be finite: PyTorch multiplies it by zero."""
+    place = torch.arange(k_cache.shape[1], device=q.device)
+    seen = place < lengths[:, None]
+    if starts is not None:
+        seen &= place >= starts[:, None]
+    k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # [B, Hkv, S, Dh]
+    y = F.scaled_dot_product_attention(
+        q[:, :, None], k, v, attn_mask=seen[:, None, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return y[:, :, 0].masked_fill(~seen.any(-1)[:, None, None], 0)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

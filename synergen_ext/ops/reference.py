@@ -27,6 +27,19 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) 
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dsum: Tensor, sum: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `add_rms_norm` to x (and residual alike) and weight, written out."""
+    dx, dweight = rms_norm_backward(_wide(dy), _wide(sum), weight, eps)
+    return (dx + _wide(dsum)).to(sum.dtype), dweight
+
+
 def rope(
     q: Tensor, k: Tensor, positions: Tensor, theta: float = 1e6, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -226,6 +239,26 @@ def expert_ffn_quantized(
 ) -> Tensor:
     gate, up = (dequantize_weight(v, _wide(scale)) for v, scale in ((gate, gate_scale), (up, up_scale)))
     return expert_ffn(x, gate, up, dequantize_weight(down, _wide(down_scale)), expert_index, expert_weight)
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    batch, heads, dim = q.shape
+    keys, kv_heads = k_cache.shape[1:3]
+    place = torch.arange(keys, device=q.device)
+    seen = place < lengths[:, None]  # [B, S]
+    if starts is not None:
+        seen &= place >= starts[:, None]
+    k, v = (_wide(t).masked_fill(~seen[:, :, None, None], 0) for t in (k_cache, v_cache))
+    grouped = _wide(q).reshape(batch, kv_heads, heads // kv_heads, dim)
+    logits = torch.einsum("bhgd,bshd->bhgs", grouped, k) * (dim**-0.5 if scale is None else scale)
+    weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    weights = weights.masked_fill(~seen[:, None, None], 0)  # a row that sees nothing had 0 / 0
+    return torch.einsum("bhgs,bshd->bhgd", weights, v).reshape(q.shape).to(q.dtype)
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
