@@ -69,6 +69,9 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
   m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
   m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
+  m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
+  m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
+  m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 #endif

@@ -94,13 +94,14 @@ struct ExpertFfnParams {
   int64_t x_strides[2];
   const void *gate, *up, *down;  // [experts, hidden, dim] twice, [experts, dim, hidden]
   int64_t gate_strides[3], up_strides[3], down_strides[3];
-  const int64_t* index;  // [tokens, top_k], none negative
+  const int64_t* index;  // [tokens, top_k]; negative ones, on CUDA alone, make NaN
   int64_t index_strides[2];
   const void* weight;  // [tokens, top_k], or null: all ones
   int64_t weight_strides[2];
   void* y;  // [tokens, dim], contiguous, or null: only gate_pre and up_pre are wanted
   void *gate_pre,
-      *up_pre;  // gate[e] x_t and up[e] x_t, [tokens * top_k, hidden], contiguous; or null
+      *up_pre;    // gate[e] x_t and up[e] x_t, [tokens * top_k, hidden], contiguous; or null
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
 // The gradients of expert_ffn, each contiguous and shaped like what it belongs to, or null where
@@ -152,12 +153,16 @@ struct SampleTokensParams {
   X(fold_tokens, FoldTokensParams)                  \
   X(fold_tokens_backward, FoldTokensBackwardParams) \
   X(fold_ids, FoldIdsParams)                        \
+  X(expert_ffn, ExpertFfnParams)                    \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
   X(sample_tokens, SampleTokensParams)
 
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
 #define SYNERGEN_CUDA_SCRATCH(X)                    \
   X(rms_norm_backward, RmsNormBackwardParams)       \
   X(fold_tokens_backward, FoldTokensBackwardParams) \
+  X(expert_ffn, ExpertFfnParams)                    \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
   X(sample_tokens, SampleTokensParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512

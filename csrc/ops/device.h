@@ -7,14 +7,6 @@
 
 namespace synergen {
 
-inline void check_cpu_only(const char* op, const Call& call) {
-  if (call.device.cuda) {
-    refuse(op,
-           ": there is no CUDA kernel for this op yet; use CPU arrays, or torch tensors through "
-           "synergen_ext.ops");
-  }
-}
-
 #ifdef SYNERGEN_WITH_CUDA
 template <class P>
 void launch_on_cuda(void (*kernel)(const P&, void*), P& p, Call& call) {

@@ -40,7 +40,6 @@ ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tenso
     p.weight_dtype = weight->dtype;
     std::copy_n(weight->strides.begin(), weight->dim(), p.weight_strides);
   }
-  check_cpu_only(op, call);
 
   p.dtype = x.dtype;
   p.expert_dtype = gate.dtype;
@@ -54,7 +53,8 @@ ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tenso
   std::copy_n(down.strides.begin(), 3, p.down_strides);
   p.index = index.ptr<int64_t>();
   std::copy_n(index.strides.begin(), index.dim(), p.index_strides);
-  for (int64_t t = 0; t < p.tokens; ++t) {
+  // A CUDA kernel cannot refuse an index without a word to the host; it makes NaN of the results.
+  for (int64_t t = 0; t < p.tokens && !call.device.cuda; ++t) {
     for (int64_t j = 0; j < p.top_k; ++j) {
       const int64_t e = p.index[t * p.index_strides[0] + j * p.index_strides[1]];
       if (e < 0) {
@@ -66,7 +66,7 @@ ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tenso
   return p;
 }
 
-// A sum over nothing is zero.
+// A sum over nothing is zero. CUDA kernels find that out for themselves.
 void fill_zero(const Tensor& t) {
   const int64_t size = t.dtype == DType::kFloat64 ? 8 : t.dtype == DType::kFloat32 ? 4 : 2;
   std::fill_n(static_cast<char*>(t.data), t.numel() * size, 0);
@@ -82,12 +82,12 @@ Tensor expert_ffn(Call& call, const Tensor& x, const Tensor& gate, const Tensor&
   ExpertFfnParams p = checked("expert_ffn", call, x, gate, up, down, expert_index, expert_weight);
   Tensor y = call.empty("y", x.sizes, x.dtype);
   if (y.numel() == 0) return y;
-  if (p.hidden == 0 || p.top_k == 0) {
+  if (!call.device.cuda && (p.hidden == 0 || p.top_k == 0)) {
     fill_zero(y);
     return y;
   }
   p.y = y.data;
-  cpu::expert_ffn(p);
+  SYNERGEN_LAUNCH(expert_ffn, p, call);
   return y;
 }
 
@@ -102,14 +102,15 @@ std::tuple<Tensor, Tensor, Tensor> expert_ffn_train(Call& call, const Tensor& x,
   Tensor y = call.empty("y", x.sizes, x.dtype);
   Tensor gate_pre = call.empty("gate_pre", {p.tokens * p.top_k, p.hidden}, x.dtype);
   Tensor up_pre = call.empty("up_pre", {p.tokens * p.top_k, p.hidden}, x.dtype);
-  if (y.numel() == 0 || gate_pre.numel() == 0) {
+  if (p.tokens == 0) return {y, gate_pre, up_pre};
+  if (!call.device.cuda && (y.numel() == 0 || gate_pre.numel() == 0)) {
     for (const Tensor& t : {y, gate_pre, up_pre}) fill_zero(t);
     return {y, gate_pre, up_pre};
   }
   p.y = y.data;
   p.gate_pre = gate_pre.data;
   p.up_pre = up_pre.data;
-  cpu::expert_ffn(p);
+  SYNERGEN_LAUNCH(expert_ffn, p, call);
   return {y, gate_pre, up_pre};
 }
 
@@ -147,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
   Tensor ddown = call.empty("ddown", need_experts ? down.sizes : none, gate.dtype);
   Tensor dweight = call.empty("dweight", need_weight ? expert_index.sizes : none,
                               expert_weight ? expert_weight->dtype : x.dtype);
-  if (p.dim == 0 || p.hidden == 0 || p.tokens * p.top_k == 0) {
+  if (!call.device.cuda && (p.dim == 0 || p.hidden == 0 || p.tokens * p.top_k == 0)) {
     for (const Tensor& t : {dx, dgate, dup, ddown, dweight}) fill_zero(t);
     return {dx, dgate, dup, ddown, dweight};
   }
@@ -160,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
   p.dup = need_experts ? dup.data : nullptr;
   p.ddown = need_experts ? ddown.data : nullptr;
   p.dweight = need_weight ? dweight.data : nullptr;
-  cpu::expert_ffn_backward(p);
+  SYNERGEN_LAUNCH(expert_ffn_backward, p, call);
   return {dx, dgate, dup, ddown, dweight};
 }
 

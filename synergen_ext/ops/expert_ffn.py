@@ -28,12 +28,15 @@ def expert_ffn(
 
     Args:
         x: [T, D], float64, float32, bfloat16 or float16, any strides. Sums are in float32 (float64
-            for float64).
+            for float64). In bfloat16 and float16, CUDA's tensor cores take part where the experts
+            have the dtype of x, D and F are multiples of 8 and rows are contiguous and aligned to
+            16 bytes; silu(gate x) * (up x) is then rounded to the dtype, as in PyTorch.
         gate, up: [E, F, D], the dtype of x or float32.
         down: [E, D, F], the dtype of gate.
         expert_index: int64 [T] or [T, k]. An index >= E names no expert: the pair adds zero and
             gets no gradient (expert parallelism marks other ranks' experts so). A negative index
-            is refused.
+            is refused; a CUDA kernel cannot stop its caller and makes NaN of the token's row and of
+            its gradient instead.
         expert_weight: the shape of expert_index, the dtype of x or float32; without it all weights
             are 1.
         recompute: where gradients are wanted, keep only the inputs for the backward pass and
@@ -45,7 +48,7 @@ def expert_ffn(
         threads.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or an index is negative.
+        ValueError: a shape, dtype or device does not fit, or an index is negative (on the CPU).
     """
     if (other := substitute()) is not None:
         return other.expert_ffn(x, gate, up, down, expert_index, expert_weight)

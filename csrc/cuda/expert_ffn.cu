@@ -1,0 +1,336 @@
+// expert_ffn on the GPU, without a word to the host: pairs (token, expert) are sorted by expert,
+// then two grouped products read their rows through that order. Nothing is padded or dropped.
+//
+//   count, scan, scatter, list   order, offsets and tiles of rows: small
+//   gate_up                      one product of 2 F columns, gate's and up's by turns of 32, so
+//   that
+//                                a thread has both sums and writes silu(g) * u
+//   down                         rows go to their token, times the routing weight
+//   finish                       the sum of a token over j, in order; tokens without an expert
+//
+// 8192 tokens, D = 2048, F = 8192, E = 2, bf16: 825 GFLOP, 2.6 ms of an A100's tensor cores, next
+// to 201 MB of weights, 67 of x and y and 268 of activations, 0.3 ms of its memory.
+#include <stdexcept>
+#include <string>
+
+#include "cuda/expert_ffn.cuh"
+
+namespace synergen::cuda {
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int64_t kCountTile = 256;     // pairs that one warp sorts
+constexpr int64_t kMostExperts = 8192;  // whose counters, 32 KiB, a block's shared memory takes
+
+// ---- Sorting
+
+// counts[expert, tile], one warp a tile.
+__global__ void __launch_bounds__(32) count_pairs_kernel(Forward p) {
+  SIMT_DYNAMIC_SHARED(shared);
+  int32_t* counters = reinterpret_cast<int32_t*>(shared);
+  const int lane = static_cast<int>(threadIdx.x);
+  const int64_t tile = blockIdx.x;
+  for (int64_t e = lane; e < p.experts; e += 32) counters[e] = 0;
+  __syncwarp();
+  for (int64_t i = tile * kCountTile + lane; i < (tile + 1) * kCountTile && i < p.pairs; i += 32) {
+    const int64_t e = index_of(p, i);
+    if (has_expert(p, e)) atomicAdd(&counters[e], 1);
+  }
+  __syncwarp();
+  for (int64_t e = lane; e < p.experts; e += 32) {
+    p.counts[e * p.count_tiles + tile] = counters[e];
+  }
+}
+
+// The sum of `own` over the threads of the block before this one.
+SIMT_FN int32_t sum_before(int32_t own, int32_t* warps) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  int32_t sum = own;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int32_t below = __shfl_up_sync(kAll, sum, distance);
+    sum += lane >= distance ? below : 0;
+  }
+  if (lane == 31) warps[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) sum += warps[w];
+  return sum - own;
+}
+
+// counts becomes its own exclusive running sum.
+__global__ void __launch_bounds__(1024) scan_counts_kernel(Forward p) {
+  SIMT_SHARED(int32_t, warps, [32]);
+  const int64_t total = p.experts * p.count_tiles, each = ceil_div(total, 1024);
+  const int64_t begin = threadIdx.x * each, end = begin + each < total ? begin + each : total;
+  int32_t own = 0;
+  for (int64_t i = begin; i < end; ++i) own += p.counts[i];
+  int32_t before = sum_before(own, warps);
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t count = p.counts[i];
+    if (i % p.count_tiles == 0) p.offsets[i / p.count_tiles] = before;
+    p.counts[i] = before;
+    before += count;
+  }
+  if (threadIdx.x == 1023) p.offsets[p.experts] = before;
+}
+
+// Pairs go to their places, those of one expert in the order they came.
+__global__ void __launch_bounds__(32) scatter_pairs_kernel(Forward p) {
+  SIMT_DYNAMIC_SHARED(shared);
+  int32_t* next = reinterpret_cast<int32_t*>(shared);
+  const int lane = static_cast<int>(threadIdx.x);
+  const int64_t tile = blockIdx.x;
+  for (int64_t e = lane; e < p.experts; e += 32) next[e] = p.counts[e * p.count_tiles + tile];
+  for (int64_t first = tile * kCountTile; first < (tile + 1) * kCountTile && first < p.pairs;
+       first += 32) {
+    const int64_t pair = first + lane;
+    const int64_t index = pair < p.pairs ? index_of(p, pair) : -1;
+    const bool there = has_expert(p, index);
+    const unsigned same = __match_any_sync(kAll, there ? static_cast<int>(index) : -1);
+    const int rank = __popc(same & ((1u << lane) - 1));
+    __syncwarp();  // the counts of this expert are all told
+    if (there) p.order[next[index] + rank] = static_cast<int32_t>(pair);
+    __syncwarp();
+    if (there && rank == 0) next[index] += __popc(same);
+  }
+}
+
+// row_tiles; after the last, tiles that are not there.
+__global__ void __launch_bounds__(1024) list_tiles_kernel(Forward p) {
+  SIMT_SHARED(int32_t, warps, [32]);
+  const int32_t high =
+      p.tensor_cores ? gemm::TensorCores<bf16>::kRows : gemm::PlainFma<float>::kRows;
+  const int64_t each = ceil_div(p.experts, 1024), first = threadIdx.x * each;
+  const int64_t last = first + each < p.experts ? first + each : p.experts;
+  int32_t own = 0;
+  for (int64_t e = first; e < last; ++e) own += (p.offsets[e + 1] - p.offsets[e] + high - 1) / high;
+  int64_t at = sum_before(own, warps);
+  for (int64_t e = first; e < last; ++e) {
+    for (int32_t row = p.offsets[e]; row < p.offsets[e + 1]; row += high) {
+      p.row_tiles[at++] = {static_cast<int32_t>(e), row};
+    }
+  }
+  int64_t total = 0;
+  for (int w = 0; w < 32; ++w) total += warps[w];
+  for (int64_t i = total + threadIdx.x; i < p.tiles; i += 1024) p.row_tiles[i] = {-1, 0};
+}
+
+// ---- Products
+
+constexpr int64_t kHidden = gemm::kColumns / 2;  // hidden columns of a block: of gate, and of up
+
+template <class G>
+__global__ void __launch_bounds__(gemm::kThreads) gate_up_kernel(Forward p) {
+  SIMT_DYNAMIC_SHARED(shared);
+  const TileAt block = tile_of(blockIdx.x, p.tiles, ceil_div(p.hidden, kHidden));
+  const RowTile tile = p.row_tiles[block.row];
+  if (tile.expert < 0) return;  // all threads together
+  const int32_t rows = p.offsets[tile.expert + 1] - tile.begin;
+  const int64_t first = block.column * kHidden;
+  const View<G> x = view<G>(p.dtype, p.x, p.x_strides);
+  const View<G> gate = view_of_expert<G>(p.expert_dtype, p.gate, p.gate_strides, tile.expert);
+  const View<G> up = view_of_expert<G>(p.expert_dtype, p.up, p.up_strides, tile.expert);
+  const uint32_t top_k = static_cast<uint32_t>(p.top_k);
+
+  const auto token = [&](int m) {
+    if (m >= rows) return x.nowhere();
+    return x.at(static_cast<uint32_t>(p.order[tile.begin + m]) / top_k, 0);
+  };
+  const auto column = [&](int n) {
+    const int64_t h = first + n / 64 * 32 + n % 32;
+    if (h >= p.hidden) return gate.nowhere();
+    return n % 64 < 32 ? gate.at(h, 0) : up.at(h, 0);
+  };
+  auto a = G::rows(p.dim, token, p.dtype);
+  auto b = G::columns(p.dim, column, p.expert_dtype);
+  typename G::Sums sums;
+  G::multiply(shared, a, b, p.dim, sums);
+
+  G::each_run(sums, b, [&](int m, int n, auto& g, auto& u) {
+    const int64_t h = first + n / 64 * 32 + n % 32, count = p.hidden - h;
+    if (m >= rows || count <= 0) return;
+    const int64_t row = tile.begin + m;
+    if (p.gate_pre != nullptr) {
+      const int64_t at = p.order[row] * p.hidden + h;
+      G::store_run(p.pre, p.gate_pre, at, count, g);
+      G::store_run(p.pre, p.up_pre, at, count, u);
+    }
+    if (p.activations == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] *= sigmoid<G>(g[i]) * u[i];
+    G::store_run(p.inner, p.activations, row * p.hidden + h, count, g);
+  });
+}
+
+template <class G>
+__global__ void __launch_bounds__(gemm::kThreads) down_kernel(Forward p) {
+  SIMT_DYNAMIC_SHARED(shared);
+  const TileAt block = tile_of(blockIdx.x, p.tiles, ceil_div(p.dim, gemm::kColumns));
+  const RowTile tile = p.row_tiles[block.row];
+  if (tile.expert < 0) return;  // all threads together
+  const int32_t rows = p.offsets[tile.expert + 1] - tile.begin;
+  const int64_t first = static_cast<int64_t>(block.column) * gemm::kColumns;
+  const View<G> inner = view<G>(p.inner, p.activations, p.hidden, 1);
+  const View<G> down = view_of_expert<G>(p.expert_dtype, p.down, p.down_strides, tile.expert);
+
+  const auto row = [&](int m) { return m < rows ? inner.at(tile.begin + m, 0) : inner.nowhere(); };
+  const auto column = [&](int n) {
+    return first + n < p.dim ? down.at(first + n, 0) : down.nowhere();
+  };
+  auto a = G::rows(p.hidden, row, p.inner);
+  auto b = G::columns(p.hidden, column, p.expert_dtype);
+  typename G::Sums sums;
+  G::multiply(shared, a, b, p.hidden, sums);
+  put_rows<G>(p, sums, b, tile, rows, first, p.y,
+              [&](int32_t pair) { return weight_of<typename G::Sum>(p, pair); });
+}
+
+// ---- What is left
+
+constexpr int kFinishThreads = 128;
+
+// One token. A negative index makes NaN of all that depends on it: no kernel can refuse it.
+template <class G>
+__global__ void __launch_bounds__(kFinishThreads) finish_tokens_kernel(Forward p) {
+  using A = typename G::Sum;
+  const int64_t token = blockIdx.x;
+  A start = 0;
+  bool all = true;
+  for (int64_t j = 0; j < p.top_k; ++j) {
+    const int64_t index = index_of(p, token * p.top_k + j);
+    if (index < 0) start = A(NAN);
+    all = all && has_expert(p, index);
+  }
+  if (p.top_k == 1 && all) return;
+  for (int64_t c = threadIdx.x * 8; c < p.dim; c += kFinishThreads * 8) {
+    A sum[8];
+    for (int i = 0; i < 8; ++i) sum[i] = start;
+    for (int64_t j = 0; p.top_k > 1 && j < p.top_k; ++j) {
+      const int64_t pair = token * p.top_k + j;
+      if (!has_expert(p, index_of(p, pair))) continue;
+      A row[8];
+      G::load_run(p.inner, p.pair_rows, pair * p.dim + c, p.dim - c, row);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += row[i];
+    }
+    G::store_run(p.dtype, p.y, token * p.dim + c, p.dim - c, sum);
+  }
+  if (p.gate_pre == nullptr) return;
+  for (int64_t j = 0; j < p.top_k; ++j) {
+    const int64_t pair = token * p.top_k + j, index = index_of(p, pair);
+    if (has_expert(p, index)) continue;
+    A none[8];
+    for (int i = 0; i < 8; ++i) none[i] = index < 0 ? A(NAN) : A(0);
+    for (int64_t h = threadIdx.x * 8; h < p.hidden; h += kFinishThreads * 8) {
+      G::store_run(p.pre, p.gate_pre, pair * p.hidden + h, p.hidden - h, none);
+      G::store_run(p.pre, p.up_pre, pair * p.hidden + h, p.hidden - h, none);
+    }
+  }
+}
+
+// ---- Launching
+
+Forward prepare(const ExpertFfnParams& params) {
+  Forward p{};
+  static_cast<ExpertFfnParams&>(p) = params;
+  static_cast<Experts&>(p) = prepare_experts(params, true);
+  return p;
+}
+
+int64_t lay_out(Forward& p) {
+  Carver carver(p.scratch);
+  carve_routing(carver, p.experts, p);
+  carver.take(p.activations, p.pairs * p.hidden * gemm::bytes_of(p.inner));
+  carver.take(p.pair_rows, p.top_k > 1 ? p.pairs * p.dim * gemm::bytes_of(p.inner) : 0);
+  return carver.bytes();
+}
+
+}  // namespace
+
+Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
+  if (p.experts > kMostExperts) {
+    throw std::invalid_argument("expert_ffn: E must be at most " + std::to_string(kMostExperts) +
+                                " on CUDA, got " + std::to_string(p.experts));
+  }
+  if (p.tokens * p.top_k > INT32_MAX) {
+    throw std::invalid_argument("expert_ffn: T * k must be below 2^31 on CUDA, got " +
+                                std::to_string(p.tokens * p.top_k));
+  }
+  const auto stack_packs = [](const void* data, const int64_t (&strides)[3]) {
+    return packs<bf16>(data, strides[2], strides, 2);
+  };
+  const bool short_floats = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  Experts e{};
+  e.tensor_cores = short_floats && p.expert_dtype == p.dtype && p.dim % 8 == 0 &&
+                   p.hidden % 8 == 0 && packs<bf16>(p.x, p.x_strides[1], p.x_strides, 1) &&
+                   stack_packs(p.gate, p.gate_strides) && stack_packs(p.up, p.up_strides) &&
+                   stack_packs(p.down, p.down_strides) && packs<bf16>(p.y, 1, nullptr, 0) &&
+                   packs<bf16>(p.gate_pre, 1, nullptr, 0) && packs<bf16>(p.up_pre, 1, nullptr, 0) &&
+                   aligned;
+  e.inner = e.tensor_cores || p.dtype == DType::kFloat64 ? p.dtype : DType::kFloat32;
+  e.pre = p.dtype;
+  e.pairs = p.tokens * p.top_k;
+  const int64_t high =
+      e.tensor_cores ? gemm::TensorCores<bf16>::kRows : gemm::PlainFma<float>::kRows;
+  // Each expert with rows leaves at most high - 1 rows of a tile empty.
+  e.tiles = (e.pairs + (p.experts < e.pairs ? p.experts : e.pairs) * (high - 1)) / high;
+  if (p.experts == 0) e.tiles = 0;
+  e.count_tiles = e.pairs > 0 ? ceil_div(e.pairs, kCountTile) : 1;  // no pairs are counted too
+  return e;
+}
+
+void carve_routing(Carver& carver, int64_t experts, Experts& e) {
+  carver.take(e.order, e.pairs * 4);
+  carver.take(e.offsets, (experts + 1) * 4);
+  carver.take(e.row_tiles, e.tiles * static_cast<int64_t>(sizeof(RowTile)));
+  carver.take(e.counts, experts * e.count_tiles * 4);
+}
+
+void route(const char* op, const Forward& p, void* stream) {
+  const dim3 tiles = blocks_for(op, p.count_tiles, 1);
+  const size_t counters = static_cast<size_t>(p.experts) * 4;
+  simt::launch(op, count_pairs_kernel, tiles, dim3(32), counters, stream, p);
+  simt::launch(op, scan_counts_kernel, dim3(1), dim3(1024), 0, stream, p);
+  simt::launch(op, scatter_pairs_kernel, tiles, dim3(32), counters, stream, p);
+  simt::launch(op, list_tiles_kernel, dim3(1), dim3(1024), 0, stream, p);
+}
+
+void gate_up(const char* op, const Forward& p, void* stream) {
+  if (p.tiles == 0 || p.hidden == 0) return;
+  dispatch_arithmetic(p, p, [&](auto tag) {
+    using G = typename decltype(tag)::type;
+    const dim3 blocks = blocks_for(op, p.tiles * ceil_div(p.hidden, kHidden), 1);
+    simt::launch(op, gate_up_kernel<G>, blocks, dim3(gemm::kThreads), G::kSharedBytes, stream, p);
+  });
+}
+
+void finish_tokens(const char* op, const Forward& p, void* stream) {
+  if (p.tokens == 0) return;
+  dispatch_arithmetic(p, p, [&](auto tag) {
+    using G = typename decltype(tag)::type;
+    simt::launch(op, finish_tokens_kernel<G>, blocks_for(op, p.tokens, 1), dim3(kFinishThreads), 0,
+                 stream, p);
+  });
+}
+
+int64_t scratch_bytes(const ExpertFfnParams& params) {
+  Forward p = prepare(params);
+  return lay_out(p);
+}
+
+void expert_ffn(const ExpertFfnParams& params, void* stream) {
+  const char* op = "expert_ffn";
+  Forward p = prepare(params);
+  lay_out(p);
+  route(op, p, stream);
+  gate_up(op, p, stream);
+  if (p.tiles > 0 && p.dim > 0) {
+    dispatch_arithmetic(p, p, [&](auto tag) {
+      using G = typename decltype(tag)::type;
+      const dim3 blocks = blocks_for(op, p.tiles * ceil_div(p.dim, gemm::kColumns), 1);
+      simt::launch(op, down_kernel<G>, blocks, dim3(gemm::kThreads), G::kSharedBytes, stream, p);
+    });
+  }
+  finish_tokens(op, p, stream);
+}
+
+}  // namespace synergen::cuda

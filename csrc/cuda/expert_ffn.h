@@ -1,0 +1,62 @@
+// What the launchers of expert_ffn, forward and backward, share: rows sorted by expert, and the
+// scratch memory.
+#pragma once
+
+#include "kernels.h"
+
+namespace synergen::cuda {
+
+// The rows of one expert that a block takes: from `begin`, at most as many as its tile is high.
+struct RowTile {
+  int32_t expert;  // negative: there is no such tile
+  int32_t begin;
+};
+
+// Rows are the pairs (token, j) that have an expert, sorted by it. Pairs are numbered token * top_k
+// + j, in 32 bits: with as many, x would be gigabytes for every column.
+struct Experts {
+  bool tensor_cores;    // or plain multiply-adds
+  DType inner;          // of what passes from launch to launch: as x, or the type of the sums
+  DType pre;            // of gate_pre and up_pre
+  int64_t pairs;        // tokens * top_k
+  int64_t tiles;        // an upper bound: how many there are, the host does not know
+  int64_t count_tiles;  // pieces of the pairs, in the sort
+  int32_t* order;       // [pairs]: the pair of each row
+  int32_t* offsets;     // [experts + 1]: rows of expert e are offsets[e] .. offsets[e + 1]
+  RowTile* row_tiles;   // [tiles]
+  int32_t* counts;      // [experts, count_tiles]
+};
+
+struct Forward : ExpertFfnParams, Experts {
+  void* activations;  // [rows, hidden]: silu(gate x) * up x; or null: not wanted
+  void* pair_rows;    // [pairs, dim], where top_k > 1
+};
+
+// Gives out pieces of one allocation; from null, only adds up their sizes.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+  template <class P>
+  void take(P*& pointer, int64_t bytes) {
+    pointer = reinterpret_cast<P*>(base_ + static_cast<uintptr_t>(bytes_));
+    bytes_ += ceil_div(bytes, 256) * 256;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  uintptr_t base_;
+  int64_t bytes_ = 0;
+};
+
+// `aligned`: what a backward pass has besides is contiguous along rows, in 16-byte pieces.
+Experts prepare_experts(const ExpertFfnParams& p, bool aligned);
+void carve_routing(Carver& carver, int64_t experts, Experts& e);
+
+// Sorts the pairs and lists the tiles.
+void route(const char* op, const Forward& p, void* stream);
+// gate_pre, up_pre and activations, those that are not null.
+void gate_up(const char* op, const Forward& p, void* stream);
+// y from pair_rows where top_k > 1; tokens, and rows of gate_pre and up_pre, without an expert.
+void finish_tokens(const char* op, const Forward& p, void* stream);
+
+}  // namespace synergen::cuda
