@@ -39,6 +39,12 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "Tensor expert_index, Tensor? expert_weight, Tensor? gate_pre, Tensor? up_pre, bool need_x, "
       "bool need_experts, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index=-100) -> "
+      "(Tensor loss, Tensor lse)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor dloss, Tensor x, Tensor weight, Tensor targets, "
+      "Tensor lse, int ignore_index, bool need_x, bool need_weight) -> (Tensor, Tensor)");
+  m.def(
       "sample_tokens(Tensor logits, Tensor seed, Tensor position, Tensor? uncond_logits=None, "
       "Tensor? guidance=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None) "
       "-> (Tensor, Tensor)");
@@ -55,6 +61,8 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
   m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
+  m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
+  m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 
@@ -72,6 +80,8 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
   m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
+  m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
+  m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 #endif

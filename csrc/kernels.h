@@ -112,6 +112,32 @@ struct ExpertFfnBackwardParams : ExpertFfnParams {
   void *dx, *dgate, *dup, *ddown, *dweight;
 };
 
+// loss_i = log(sum_v exp(x_i . w_v)) - x_i . w_t with t = targets_i; 0 where t is ignore_index.
+struct LinearCrossEntropyParams {
+  DType dtype;         // of x
+  DType weight_dtype;  // as dtype, or float32
+  int64_t rows, dim, vocab;
+  int64_t ignore_index;
+  const void* x;  // [rows, dim]
+  int64_t x_strides[2];
+  const void* weight;  // [vocab, dim]
+  int64_t weight_strides[2];
+  const int64_t* targets;  // [rows]; on the CPU in [0, vocab) or ignore_index
+  int64_t target_stride;
+  void* loss;     // [rows], contiguous: float, or double where x is
+  double* lse;    // [rows], contiguous: the logarithm. In float its rounding, of numbers like 10,
+                  // would show in every gradient of its row
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
+};
+
+// The gradients, contiguous, shaped and typed like what they belong to, or null where not wanted.
+// lse is read, loss not used.
+struct LinearCrossEntropyBackwardParams : LinearCrossEntropyParams {
+  const void* dloss;  // [rows], the dtype of loss
+  int64_t dloss_stride;
+  void *dx, *dweight;
+};
+
 // One argument a row, or one for all rows (stride 0), or none: the default.
 template <class T>
 struct PerRow {
@@ -135,34 +161,40 @@ struct SampleTokensParams {
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
-#define SYNERGEN_CPU_KERNELS(X)                     \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_backward, RmsNormBackwardParams)       \
-  X(rope, RopeParams)                               \
-  X(fold_tokens, FoldTokensParams)                  \
-  X(fold_tokens_backward, FoldTokensBackwardParams) \
-  X(fold_ids, FoldIdsParams)                        \
-  X(expert_ffn, ExpertFfnParams)                    \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
+#define SYNERGEN_CPU_KERNELS(X)                                      \
+  X(rms_norm, RmsNormParams)                                         \
+  X(rms_norm_backward, RmsNormBackwardParams)                        \
+  X(rope, RopeParams)                                                \
+  X(fold_tokens, FoldTokensParams)                                   \
+  X(fold_tokens_backward, FoldTokensBackwardParams)                  \
+  X(fold_ids, FoldIdsParams)                                         \
+  X(expert_ffn, ExpertFfnParams)                                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
+  X(linear_cross_entropy, LinearCrossEntropyParams)                  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
   X(sample_tokens, SampleTokensParams)
 
-#define SYNERGEN_CUDA_KERNELS(X)                    \
-  X(rms_norm, RmsNormParams)                        \
-  X(rms_norm_backward, RmsNormBackwardParams)       \
-  X(rope, RopeParams)                               \
-  X(fold_tokens, FoldTokensParams)                  \
-  X(fold_tokens_backward, FoldTokensBackwardParams) \
-  X(fold_ids, FoldIdsParams)                        \
-  X(expert_ffn, ExpertFfnParams)                    \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
+#define SYNERGEN_CUDA_KERNELS(X)                                     \
+  X(rms_norm, RmsNormParams)                                         \
+  X(rms_norm_backward, RmsNormBackwardParams)                        \
+  X(rope, RopeParams)                                                \
+  X(fold_tokens, FoldTokensParams)                                   \
+  X(fold_tokens_backward, FoldTokensBackwardParams)                  \
+  X(fold_ids, FoldIdsParams)                                         \
+  X(expert_ffn, ExpertFfnParams)                                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
+  X(linear_cross_entropy, LinearCrossEntropyParams)                  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
   X(sample_tokens, SampleTokensParams)
 
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
-#define SYNERGEN_CUDA_SCRATCH(X)                    \
-  X(rms_norm_backward, RmsNormBackwardParams)       \
-  X(fold_tokens_backward, FoldTokensBackwardParams) \
-  X(expert_ffn, ExpertFfnParams)                    \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)   \
+#define SYNERGEN_CUDA_SCRATCH(X)                                     \
+  X(rms_norm_backward, RmsNormBackwardParams)                        \
+  X(fold_tokens_backward, FoldTokensBackwardParams)                  \
+  X(expert_ffn, ExpertFfnParams)                                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
+  X(linear_cross_entropy, LinearCrossEntropyParams)                  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
   X(sample_tokens, SampleTokensParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512

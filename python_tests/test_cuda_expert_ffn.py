@@ -67,9 +67,7 @@ def compare(emulated, *args, lay_dy=torch.clone):
     assert torch.equal(emulated.expert_ffn(*args), ours[0])
     dy = backward_args(args)[0]
     truth, rival = gradients(reference.expert_ffn, dy.double(), *wide), gradients(rounding, dy, *args)
-    kept, again = (
-        emulated.expert_ffn_backward(lay_dy(dy), *backward_args(args, pre)[1:]) for pre in (ours[1:], None)
-    )
+    kept, again = (emulated.expert_ffn_backward(lay_dy(dy), *backward_args(args, pre)[1:]) for pre in (ours[1:], None))
     for got in (kept, again):
         assert_as_accurate(got, rival, truth, "expert_ffn_backward")
     return ours, kept

@@ -36,6 +36,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
     const std::optional<Tensor>& gate_pre, const std::optional<Tensor>& up_pre, bool need_x,
     bool need_experts, bool need_weight);
 
+std::tuple<Tensor, Tensor> linear_cross_entropy(Call& call, const Tensor& x, const Tensor& weight,
+                                                const Tensor& targets, int64_t ignore_index);
+std::tuple<Tensor, Tensor> linear_cross_entropy_backward(Call& call, const Tensor& dloss,
+                                                         const Tensor& x, const Tensor& weight,
+                                                         const Tensor& targets, const Tensor& lse,
+                                                         int64_t ignore_index, bool need_x,
+                                                         bool need_weight);
+
 std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const Tensor& seed,
                                          const Tensor& position,
                                          const std::optional<Tensor>& uncond_logits,

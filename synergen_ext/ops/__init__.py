@@ -13,6 +13,7 @@ from . import reference
 from ._backend import backend, current_backend, set_backend
 from .expert_ffn import expert_ffn
 from .fold_tokens import fold_ids, fold_tokens, unfold_ids
+from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import rms_norm
 from .rope import rope
 from .sample_tokens import sample_tokens
@@ -23,6 +24,7 @@ __all__ = [
     "expert_ffn",
     "fold_ids",
     "fold_tokens",
+    "linear_cross_entropy",
     "reference",
     "rms_norm",
     "rope",

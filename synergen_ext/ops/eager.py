@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .reference import fold_ids, fold_tokens, rope, sample_tokens, unfold_ids
 
-__all__ = ["expert_ffn", "fold_ids", "fold_tokens", "rms_norm", "rope", "sample_tokens", "unfold_ids"]
+__all__ = [
+    "expert_ffn",
+    "fold_ids",
+    "fold_tokens",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "sample_tokens",
+    "unfold_ids",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -43,3 +52,11 @@ def expert_ffn(
             out = out * weight[token, slot, None]
         y = y.index_add(0, token, out)
     return y.to(x.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    logits = F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, ignore_index=ignore_index, reduction=reduction)
