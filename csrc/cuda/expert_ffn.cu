@@ -87,8 +87,13 @@ __global__ void __launch_bounds__(32) scatter_pairs_kernel(Forward p) {
     const bool there = has_expert(p, index);
     const unsigned same = __match_any_sync(kAll, there ? static_cast<int>(index) : -1);
     const int rank = __popc(same & ((1u << lane) - 1));
-    __syncwarp();  // the counts of this expert are all told
-    if (there) p.order[next[index] + rank] = static_cast<int32_t>(pair);
+    __syncwarp();  // next is up to date
+    if (there) {
+      const int32_t row = next[index] + rank;
+      p.order[row] = static_cast<int32_t>(pair);
+      p.token_of[row] =
+          static_cast<int32_t>(static_cast<uint32_t>(pair) / static_cast<uint32_t>(p.top_k));
+    }
     __syncwarp();
     if (there && rank == 0) next[index] += __popc(same);
   }
@@ -129,11 +134,10 @@ __global__ void __launch_bounds__(gemm::kThreads) gate_up_kernel(Forward p) {
   const View<G> x = view<G>(p.dtype, p.x, p.x_strides);
   const View<G> gate = view_of_expert<G>(p.expert_dtype, p.gate, p.gate_strides, tile.expert);
   const View<G> up = view_of_expert<G>(p.expert_dtype, p.up, p.up_strides, tile.expert);
-  const uint32_t top_k = static_cast<uint32_t>(p.top_k);
 
   const auto token = [&](int m) {
     if (m >= rows) return x.nowhere();
-    return x.at(static_cast<uint32_t>(p.order[tile.begin + m]) / top_k, 0);
+    return x.at(p.token_of[tile.begin + m], 0);
   };
   const auto column = [&](int n) {
     const int64_t h = first + n / 64 * 32 + n % 32;
@@ -280,6 +284,7 @@ Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
 
 void carve_routing(Carver& carver, int64_t experts, Experts& e) {
   carver.take(e.order, e.pairs * 4);
+  carver.take(e.token_of, e.pairs * 4);
   carver.take(e.offsets, (experts + 1) * 4);
   carver.take(e.row_tiles, e.tiles * static_cast<int64_t>(sizeof(RowTile)));
   carver.take(e.counts, experts * e.count_tiles * 4);

@@ -22,6 +22,7 @@ struct Experts {
   int64_t tiles;        // an upper bound: how many there are, the host does not know
   int64_t count_tiles;  // pieces of the pairs, in the sort
   int32_t* order;       // [pairs]: the pair of each row
+  int32_t* token_of;    // [pairs]: its token, so that no product divides
   int32_t* offsets;     // [experts + 1]: rows of expert e are offsets[e] .. offsets[e + 1]
   RowTile* row_tiles;   // [tiles]
   int32_t* counts;      // [experts, count_tiles]

@@ -33,11 +33,10 @@ __global__ void __launch_bounds__(gemm::kThreads) hidden_kernel(Backward p) {
   const int64_t first = static_cast<int64_t>(block.column) * gemm::kColumns;
   const View<G> dy = view<G>(p.dtype, p.dy, p.dy_strides);
   const View<G> down = view_of_expert<G>(p.expert_dtype, p.down, p.down_strides, tile.expert);
-  const uint32_t top_k = static_cast<uint32_t>(p.top_k);
 
   const auto token = [&](int m) {
     if (m >= rows) return dy.nowhere();
-    return dy.at(static_cast<uint32_t>(p.order[tile.begin + m]) / top_k, 0);
+    return dy.at(p.token_of[tile.begin + m], 0);
   };
   auto a = G::rows(p.dim, token, p.dtype);
   auto b = G::columns_across(p.dim, p.hidden - first,
@@ -144,10 +143,9 @@ __global__ void __launch_bounds__(gemm::kThreads) gate_up_gradient_kernel(Backwa
   const View<G> x = view<G>(p.dtype, p.x, p.x_strides);
   auto a = G::rows_across(tile.depth, 2 * p.hidden - tile.row,
                           gemm::Affine<E>{inner.at(tile.begin, tile.row), inner.row}, p.inner);
-  auto b = G::columns_across(tile.depth, p.dim - tile.column,
-                             gemm::Gathered<E>{x.at(0, tile.column), x.row, p.order + tile.begin,
-                                               static_cast<uint32_t>(p.top_k)},
-                             p.dtype);
+  auto b = G::columns_across(
+      tile.depth, p.dim - tile.column,
+      gemm::Gathered<E>{x.at(0, tile.column), x.row, p.token_of + tile.begin}, p.dtype);
   typename G::Sums sums;
   G::multiply(shared, a, b, tile.depth, sums);
   put_weights<G>(p, sums, b, tile, p.hidden, p.dim, p.dgate, p.dup);
@@ -161,8 +159,7 @@ __global__ void __launch_bounds__(gemm::kThreads) down_gradient_kernel(Backward 
   const View<G> dy = view<G>(p.dtype, p.dy, p.dy_strides);
   const View<G> inner = view<G>(p.inner, p.activations, p.hidden, 1);
   auto a = G::rows_across(tile.depth, p.dim - tile.row,
-                          gemm::Gathered<E>{dy.at(0, tile.row), dy.row, p.order + tile.begin,
-                                            static_cast<uint32_t>(p.top_k)},
+                          gemm::Gathered<E>{dy.at(0, tile.row), dy.row, p.token_of + tile.begin},
                           p.dtype);
   auto b =
       G::columns_across(tile.depth, p.hidden - tile.column,

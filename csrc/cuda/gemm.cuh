@@ -65,16 +65,15 @@ struct Affine {
   SIMT_FN Place<T> at(int64_t k) const { return data + k * stride; }
 };
 
-// Depth k lies at data + order[k] / divisor * stride.
+// Depth k lies at data + rows[k] * stride.
 template <class T>
 struct Gathered {
   Place<T> data;
   int64_t stride;
-  const int32_t* order;
-  uint32_t divisor;
-  using Handle = uint32_t;
-  SIMT_FN uint32_t handle(int64_t k) const { return static_cast<uint32_t>(order[k]) / divisor; }
-  SIMT_FN Place<T> at(uint32_t row) const { return data + row * stride; }
+  const int32_t* rows;
+  using Handle = int32_t;
+  SIMT_FN int32_t handle(int64_t k) const { return rows[k]; }
+  SIMT_FN Place<T> at(int32_t row) const { return data + row * stride; }
 };
 
 // Depths below `first` lie in one place, the others in another.
@@ -85,7 +84,8 @@ struct Joined {
   using Handle = int64_t;
   SIMT_FN int64_t handle(int64_t k) const { return k; }
   SIMT_FN Place<T> at(int64_t k) const {
-    return k < first ? data + k * stride : then + (k - first) * then_stride;
+    const bool late = k >= first;  // choices, where a branch would part the warp
+    return (late ? then : data) + (late ? k - first : k) * (late ? then_stride : stride);
   }
 };
 
