@@ -46,7 +46,7 @@ class Forward {
     const int64_t rows = rows_ - row < kTall ? rows_ - row : kTall;
     alignas(64) A largest[kTall], sum[kTall];
     for (int64_t i = 0; i < kTall; ++i) {
-      largest[i] = -std::numeric_limits<A>::infinity();
+      largest[i] = std::numeric_limits<A>::lowest();  // -infinity minus it is not NaN
       sum[i] = 0;
     }
     logits_.take_rows(work, row, rows);
