@@ -7,6 +7,7 @@ paper. A case is checked against the reference before it is timed; a wrong one g
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,6 +180,20 @@ def sample_tokens(rows: int, vocab: int, dtype: torch.dtype, **options: Any) -> 
     )
 
 
+def linear_cross_entropy(rows: int, dim: int, vocab: int, dtype: torch.dtype, train: bool = True) -> Work:
+    x, targets = normal(rows, dim, dtype=dtype), normal(rows, seed=2).abs().mul(1e6).long() % vocab
+    weight = (normal(vocab, dim, seed=1) * 2 * dim**-0.5).to(dtype)
+    return Work(
+        (x.requires_grad_(train), weight.requires_grad_(train), targets),
+        ops.linear_cross_entropy,
+        eager.linear_cross_entropy,
+        reference.linear_cross_entropy,
+        bytes=(3 if train else 1) * size(weight),
+        flops=(6 if train else 2) * rows * dim * vocab,  # of what must be done: logits are computed twice in ours
+        train=train,
+    )
+
+
 F32, BF16 = torch.float32, torch.bfloat16
 CASES: dict[str, dict[str, Callable[[], Work]]] = {
     "rms_norm": {
@@ -226,6 +241,16 @@ CASES: dict[str, dict[str, Callable[[], Work]]] = {
         "paper-2-bf16": lambda: decode_attention(2, 400, (16, 8), 128, BF16),
         "paper-16-bf16": lambda: decode_attention(16, 400, (16, 8), 128, BF16),
     },
+    "linear_cross_entropy": {
+        # 64 pictures of 18 patches of 8 ids, and the text of a batch.
+        "demo-9216-train": lambda: linear_cross_entropy(9216, 256, 192, F32),
+        "demo-text-1500-train": lambda: linear_cross_entropy(1500, 256, 514, F32),
+        "demo-text-1500-bf16-train": lambda: linear_cross_entropy(1500, 256, 514, BF16),
+        "paper-512": lambda: linear_cross_entropy(512, 2048, 32768, F32, train=False),
+        "paper-512-train": lambda: linear_cross_entropy(512, 2048, 32768, F32),
+        "paper-512-bf16-train": lambda: linear_cross_entropy(512, 2048, 32768, BF16),
+        "paper-heads-8192-train": lambda: linear_cross_entropy(8192, 64, 32768, F32),  # logits outweigh all else
+    },
     "sample_tokens": {
         "demo-16": lambda: sample_tokens(16, 1024, F32, guidance=3.0),
         "paper-1": lambda: sample_tokens(1, 32768, F32),
@@ -254,8 +279,24 @@ def call(work: Work, who: str) -> Callable[[], Any]:
     if not work.train:
         return lambda: function(*work.args)
     leaves = [a for a in work.args if isinstance(a, Tensor) and a.requires_grad]
-    upstream = normal(*work.args[0].shape, seed=9).to(work.args[0].dtype)
+    upstream = torch.randn_like(function(*work.args))
     return lambda: torch.autograd.grad(function(*work.args), leaves, upstream)
+
+
+def peak_memory(function: Callable[[], Any]) -> float | None:
+    """Bytes that a call takes at its highest beyond what the process holds; None where Linux does not say."""
+
+    def read(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)) << 10
+
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")
+        before = read("VmRSS")
+        function()
+        return read("VmHWM") - before
+    except OSError:
+        return None
 
 
 @pytest.mark.parametrize("who", ["synergen_ext", "torch"])
@@ -265,9 +306,13 @@ def test_op(op: str, name: str, who: str, benchmark: Any) -> None:
     check(work)
     benchmark.group = f"{op} {name}"
     with torch.set_grad_enabled(work.train):
-        benchmark.pedantic(call(work, who), rounds=15, iterations=1, warmup_rounds=3)
+        function = call(work, who)
+        peak = peak_memory(function)
+        benchmark.pedantic(function, rounds=15, iterations=1, warmup_rounds=3)
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(op=op, case=name, who=who, threads=torch.get_num_threads(), torch=torch.__version__)
+    if peak is not None:
+        benchmark.extra_info["peak MB"] = peak / 1e6
     if work.bytes:
         benchmark.extra_info["GB/s"] = work.bytes / seconds / 1e9
     if work.flops:

@@ -145,6 +145,16 @@ def expert_ffn(device: str, tiny: bool, tokens: tuple[int, ...], train: bool = F
                 bound=name)  # fmt: skip
 
 
+def linear_cross_entropy(device: str, tiny: bool, rows: int, vocab: int, train: bool = True) -> Case:
+    rows, dim, vocab = (5, 16, 37) if tiny else (rows, 2048, vocab)
+    x, targets = normal(rows, dim, dtype=BF16, device=device), (normal(rows, seed=2).abs() * 1e6).long() % vocab
+    weight = (normal(vocab, dim, device=device, seed=1) * 2 * dim**-0.5).to(BF16)
+    args = (x.requires_grad_(train), weight.requires_grad_(train), targets.to(device))
+    flops = (8 if train else 2) * rows * dim * vocab  # with the logits computed twice
+    return Case(args, ops.linear_cross_entropy, {"torch": eager.linear_cross_entropy}, reference.linear_cross_entropy,
+                size(weight) * (3 if train else 1), flops, train, bound="linear_cross_entropy")  # fmt: skip
+
+
 def sample_tokens(device: str, tiny: bool, rows: int, filtered: bool) -> Case:
     rows, vocab = (2, 50) if tiny else (rows, 32768)
     logits, uncond = (2 * normal(rows, vocab, dtype=BF16, device=device, seed=s) for s in (0, 1))
@@ -219,6 +229,9 @@ CASES: dict[str, Callable[[str, bool], Case]] = {
     "expert_ffn 2048 text + 6144 image, forward and backward": lambda d, t: expert_ffn(d, t, (2048, 6144), train=True),
     "expert_ffn 8192 image, no text": lambda d, t: expert_ffn(d, t, (0, 8192)),
     **{f"expert_ffn {n} rows": lambda d, t, n=n: expert_ffn(d, t, (0, n)) for n in (1, 2, 8, 64)},
+    "linear_cross_entropy 8192 x 32768": lambda d, t: linear_cross_entropy(d, t, 8192, 32768, train=False),
+    "linear_cross_entropy 8192 x 32768, forward and backward": lambda d, t: linear_cross_entropy(d, t, 8192, 32768),
+    "linear_cross_entropy 4096 x 92544, forward and backward": lambda d, t: linear_cross_entropy(d, t, 4096, 92544),
     **{f"sample_tokens {n} rows": lambda d, t, n=n: sample_tokens(d, t, n, False) for n in (1, 16, 256)},
     **{f"sample_tokens {n} rows, top-k, top-p": lambda d, t, n=n: sample_tokens(d, t, n, True) for n in (1, 16, 256)},
 }

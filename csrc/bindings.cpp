@@ -50,6 +50,12 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
       "Tensor? starts=None, float? scale=None) -> Tensor");
   m.def(
+      "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index=-100) -> "
+      "(Tensor loss, Tensor lse)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor dloss, Tensor x, Tensor weight, Tensor targets, "
+      "Tensor lse, int ignore_index, bool need_x, bool need_weight) -> (Tensor, Tensor)");
+  m.def(
       "sample_tokens(Tensor logits, Tensor seed, Tensor position, Tensor? uncond_logits=None, "
       "Tensor? guidance=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None) "
       "-> (Tensor, Tensor)");
@@ -70,6 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
   m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
   m.impl("decode_attention", SYNERGEN_TORCH_OP(decode_attention));
+  m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
+  m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 
@@ -91,6 +99,8 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
   m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
   m.impl("decode_attention", SYNERGEN_TORCH_OP(decode_attention));
+  m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
+  m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
 }
 #endif

@@ -137,6 +137,32 @@ struct ExpertFfnBackwardParams : ExpertFfnParams {
   void *dx, *dgate, *dup, *ddown, *dweight;
 };
 
+// loss_i = log(sum_v exp(x_i . w_v)) - x_i . w_t with t = targets_i; 0 where t is ignore_index.
+struct LinearCrossEntropyParams {
+  DType dtype;         // of x
+  DType weight_dtype;  // as dtype, or float32
+  int64_t rows, dim, vocab;
+  int64_t ignore_index;
+  const void* x;  // [rows, dim]
+  int64_t x_strides[2];
+  const void* weight;  // [vocab, dim]
+  int64_t weight_strides[2];
+  const int64_t* targets;  // [rows]; on the CPU in [0, vocab) or ignore_index
+  int64_t target_stride;
+  void* loss;     // [rows], contiguous: float, or double where x is
+  double* lse;    // [rows], contiguous: the logarithm. In float its rounding, of numbers like 10,
+                  // would show in every gradient of its row
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
+};
+
+// The gradients, contiguous, shaped and typed like what they belong to, or null where not wanted.
+// lse is read, loss not used.
+struct LinearCrossEntropyBackwardParams : LinearCrossEntropyParams {
+  const void* dloss;  // [rows], the dtype of loss
+  int64_t dloss_stride;
+  void *dx, *dweight;
+};
+
 // One argument a row, or one for all rows (stride 0), or none: the default.
 template <class T>
 struct PerRow {
@@ -188,7 +214,9 @@ struct SampleTokensParams {
   X(sample_tokens, SampleTokensParams)               \
   X(add_rms_norm, AddRmsNormParams)                  \
   X(add_rms_norm_backward, AddRmsNormBackwardParams) \
-  X(decode_attention, DecodeAttentionParams)
+  X(decode_attention, DecodeAttentionParams)         \
+  X(linear_cross_entropy, LinearCrossEntropyParams)  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams)
 
 #define SYNERGEN_CUDA_KERNELS(X)                     \
   X(rms_norm, RmsNormParams)                         \
@@ -203,7 +231,9 @@ struct SampleTokensParams {
   X(sample_tokens, SampleTokensParams)               \
   X(add_rms_norm, AddRmsNormParams)                  \
   X(add_rms_norm_backward, AddRmsNormBackwardParams) \
-  X(decode_attention, DecodeAttentionParams)
+  X(decode_attention, DecodeAttentionParams)         \
+  X(linear_cross_entropy, LinearCrossEntropyParams)  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams)
 
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
 #define SYNERGEN_CUDA_SCRATCH(X)                     \
@@ -214,7 +244,9 @@ struct SampleTokensParams {
   X(expert_ffn_quantized, ExpertFfnQuantizedParams)  \
   X(sample_tokens, SampleTokensParams)               \
   X(add_rms_norm_backward, AddRmsNormBackwardParams) \
-  X(decode_attention, DecodeAttentionParams)
+  X(decode_attention, DecodeAttentionParams)         \
+  X(linear_cross_entropy, LinearCrossEntropyParams)  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
 // hold the same sources.

@@ -25,6 +25,8 @@ expert_ffn_train = _kernels.expert_ffn_train
 fold_ids = _kernels.fold_ids
 fold_tokens = _kernels.fold_tokens
 fold_tokens_backward = _kernels.fold_tokens_backward
+linear_cross_entropy = _kernels.linear_cross_entropy
+linear_cross_entropy_backward = _kernels.linear_cross_entropy_backward
 rms_norm = _kernels.rms_norm
 rms_norm_backward = _kernels.rms_norm_backward
 rope = _kernels.rope
@@ -42,6 +44,8 @@ __all__ = [
     "fold_ids",
     "fold_tokens",
     "fold_tokens_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope",

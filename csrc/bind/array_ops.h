@@ -34,6 +34,11 @@ inline void define_array_ops(py::module_& kernels) {
                     arg("expert_weight") = py::none());
   SYNERGEN_ARRAY_OP(kernels, decode_attention, arg("q"), arg("k_cache"), arg("v_cache"),
                     arg("lengths"), arg("starts") = py::none(), arg("scale") = py::none());
+  SYNERGEN_ARRAY_OP(kernels, linear_cross_entropy, arg("x"), arg("weight"), arg("targets"),
+                    arg("ignore_index") = -100);
+  SYNERGEN_ARRAY_OP(kernels, linear_cross_entropy_backward, arg("dloss"), arg("x"), arg("weight"),
+                    arg("targets"), arg("lse"), arg("ignore_index") = -100, arg("need_x") = true,
+                    arg("need_weight") = true);
   SYNERGEN_ARRAY_OP(kernels, sample_tokens, arg("logits"), arg("seed"), arg("position"),
                     arg("uncond_logits") = py::none(), arg("guidance") = py::none(),
                     arg("temperature") = py::none(), arg("top_k") = py::none(),

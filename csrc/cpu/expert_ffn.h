@@ -8,17 +8,6 @@
 
 namespace synergen::cpu::SYNERGEN_ISA {
 
-// Every worker takes the next task until none is left: experts have very different numbers of rows.
-// Which thread runs a task does not change its result. worker(claim) calls claim() until it returns
-// n or more.
-template <class F>
-inline void parallel_tasks(int64_t n, const F& worker) {
-  int64_t next = 0;
-  parallel_for(n < omp_get_max_threads() ? n : omp_get_max_threads(), 1, [&](int64_t, int64_t) {
-    worker([&] { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); });
-  });
-}
-
 // Pairs (t, j), numbered t * top_k + j, sorted by expert with a counting sort. Pairs without an
 // expert are left out.
 template <class A>

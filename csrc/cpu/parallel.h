@@ -25,4 +25,14 @@ inline void parallel_for(int64_t n, int64_t grain, const F& f) {
   }
 }
 
+// Every worker takes the next task until none is left, for tasks of different lengths. Which thread
+// runs a task must not change its result. worker(claim) calls claim() until it returns n or more.
+template <class F>
+inline void parallel_tasks(int64_t n, const F& worker) {
+  int64_t next = 0;
+  parallel_for(n < omp_get_max_threads() ? n : omp_get_max_threads(), 1, [&](int64_t, int64_t) {
+    worker([&] { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); });
+  });
+}
+
 }  // namespace synergen::cpu::SYNERGEN_ISA

@@ -2,6 +2,7 @@
 // scratch memory.
 #pragma once
 
+#include "cuda/carver.h"
 #include "kernels.h"
 
 namespace synergen::cuda {
@@ -30,22 +31,6 @@ struct Experts {
 struct Forward : ExpertFfnParams, Experts {
   void* activations;  // [rows, hidden]: silu(gate x) * up x; or null: not wanted
   void* pair_rows;    // [pairs, dim], where top_k > 1
-};
-
-// Gives out pieces of one allocation; from null, only adds up their sizes.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
-  template <class P>
-  void take(P*& pointer, int64_t bytes) {
-    pointer = reinterpret_cast<P*>(base_ + static_cast<uintptr_t>(bytes_));
-    bytes_ += ceil_div(bytes, 256) * 256;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t base_;
-  int64_t bytes_ = 0;
 };
 
 // `aligned`: what a backward pass has besides is contiguous along rows, in 16-byte pieces.

@@ -1,47 +1,13 @@
-// Grouped products: which tile a block has, how matrices are seen, where rows of the result go.
+// Grouped products: how matrices of experts are seen, where rows of the result go.
 #pragma once
 
 #include <cmath>
 
 #include "cuda/expert_ffn.h"
-#include "cuda/gemm_plain.cuh"
+#include "cuda/gemm_view.cuh"
 
 namespace synergen::cuda {
 
-// Blocks go column by column through groups of row tiles: 132 of them work on about 16 tiles of 128
-// rows and 8 of 256 columns, of all shapes the one that reads least for as many, 4096 x K.
-constexpr unsigned kGroup = 16;
-
-struct TileAt {
-  unsigned row, column;
-};
-SIMT_FN TileAt tile_of(unsigned block, int64_t rows, int64_t columns) {
-  const unsigned wide = static_cast<unsigned>(columns);
-  const unsigned first = block / (kGroup * wide) * kGroup, at = block - first * wide;
-  const unsigned left = static_cast<unsigned>(rows) - first, high = left < kGroup ? left : kGroup;
-  return {first + at % high, at / high};
-}
-
-// A strided matrix as the arithmetic G addresses it.
-template <class G>
-struct View {
-  const typename G::Element* data;
-  int64_t row, step;
-
-  SIMT_FN gemm::Place<typename G::Element> at(int64_t r, int64_t c) const {
-    return G::place(data + r * row + c * step, step);
-  }
-  SIMT_FN gemm::Place<typename G::Element> nowhere() const { return G::place(nullptr, step); }
-};
-template <class G>
-SIMT_FN View<G> view(DType dtype, const void* data, int64_t row_stride, int64_t stride) {
-  return {static_cast<const typename G::Element*>(data), G::steps(dtype, row_stride),
-          G::steps(dtype, stride)};
-}
-template <class G>
-SIMT_FN View<G> view(DType dtype, const void* data, const int64_t (&strides)[2]) {
-  return view<G>(dtype, data, strides[0], strides[1]);
-}
 template <class G>
 SIMT_FN View<G> view_of_expert(DType dtype, const void* data, const int64_t (&strides)[3],
                                int64_t expert) {
@@ -106,10 +72,7 @@ SIMT_FN void put_rows(const P& p, const typename G::Sums& sums, const B& b, cons
 // f(Type<G>{}), G the arithmetic of a launch.
 template <class F>
 void dispatch_arithmetic(const ExpertFfnParams& p, const Experts& e, F&& f) {
-  if (p.dtype == DType::kFloat64) return f(Type<gemm::PlainFma<double>>{});
-  if (!e.tensor_cores) return f(Type<gemm::PlainFma<float>>{});
-  if (p.dtype == DType::kBFloat16) return f(Type<gemm::TensorCores<bf16>>{});
-  f(Type<gemm::TensorCores<f16>>{});
+  gemm::dispatch(p.dtype, e.tensor_cores, f);
 }
 
 }  // namespace synergen::cuda

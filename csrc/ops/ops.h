@@ -49,6 +49,13 @@ Tensor expert_ffn_quantized(Call& call, const Tensor& x, const Tensor& gate, con
 Tensor decode_attention(Call& call, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                         const Tensor& lengths, const std::optional<Tensor>& starts,
                         const std::optional<double>& scale);
+std::tuple<Tensor, Tensor> linear_cross_entropy(Call& call, const Tensor& x, const Tensor& weight,
+                                                const Tensor& targets, int64_t ignore_index);
+std::tuple<Tensor, Tensor> linear_cross_entropy_backward(Call& call, const Tensor& dloss,
+                                                         const Tensor& x, const Tensor& weight,
+                                                         const Tensor& targets, const Tensor& lse,
+                                                         int64_t ignore_index, bool need_x,
+                                                         bool need_weight);
 
 std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const Tensor& seed,
                                          const Tensor& position,

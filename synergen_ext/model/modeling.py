@@ -176,14 +176,15 @@ class SynerGenVL(nn.Module):
         chosen = wanted != IGNORE
         text = image = h.sum() * 0
         if bool(chosen.any()):
-            text = F.cross_entropy(_wide(self.text_logits(before[chosen])), wanted[chosen])
+            weight = torch.cat((self.output.weight, self.special_output.weight))
+            text = ops.linear_cross_entropy(before[chosen], weight, wanted[chosen])
         if image_ids is not None and paint is not None and bool(paint.any()):
             n, p = len(image_ids), self.config.folded_length(*image_ids.shape[1:])
             visual = input_ids[:, 1:] == self.config.image_id
             patch_states = before[visual].view(n, p, -1)[paint].flatten(0, 1)  # [n'*P, D]
             targets = ops.fold_ids(image_ids[paint], *self.config.fold).flatten(0, 1)  # [n'*P, m*n]
-            logits = self.unfolding_head(patch_states, targets)
-            image = F.cross_entropy(_wide(logits.flatten(0, 1)), targets.flatten())
+            hidden = self.unfolding_head.hidden(patch_states, targets).flatten(0, 1)  # [n'*P*m*n, D]
+            image = ops.linear_cross_entropy(hidden, self.unfolding_head.classifier.weight, targets.flatten())
         return Losses(text + self.config.image_loss_weight * image, text, image)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -250,11 +251,6 @@ class SynerGenVL(nn.Module):
         if config.tie_word_embeddings:
             model.output.weight = model.tok_embeddings.weight
         return model.eval()
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, as losses want it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _size(ffn: FFN) -> int:

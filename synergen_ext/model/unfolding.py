@@ -16,7 +16,7 @@ class UnfoldingHead(nn.Module):
     A small causal Transformer of the backbone's own block. Its sequence for patch i is
     ``[h_i, e(v_i0), ..., e(v_i,mn-2)]``, with its own token and position tables; position j predicts ``v_ij``.
     It exists in two forms that give the same logits: ``forward`` (teacher forcing, all positions at once) and
-    ``step`` (one position, with a cache).
+    ``step`` (one position, with a cache). A loss wants no logits: it takes ``hidden`` and the classifier's weight.
     """
 
     def __init__(self, config: SynerGenConfig) -> None:
@@ -34,6 +34,10 @@ class UnfoldingHead(nn.Module):
         Raises:
             ValueError: ids of another shape.
         """
+        return self.classifier(self.hidden(states, ids))
+
+    def hidden(self, states: Tensor, ids: Tensor) -> Tensor:
+        """What the classifier reads in ``forward``: ``[N, m*n, D]``."""
         wanted = [len(states), self.config.window]
         if list(ids.shape) != wanted:
             raise ValueError(f"UnfoldingHead.forward: ids must be {wanted}, got {list(ids.shape)}")
@@ -41,7 +45,7 @@ class UnfoldingHead(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         for block in self.layers:
             x = block(x, positions)
-        return self.classifier(self.norm(x))
+        return self.norm(x)
 
     def new_cache(self, batch: int) -> KVCache:
         c, w = self.config, self.classifier.weight

@@ -15,6 +15,7 @@ from .decode_attention import decode_attention
 from .expert_ffn import expert_ffn
 from .expert_ffn_quantized import expert_ffn_quantized
 from .fold_tokens import fold_ids, fold_tokens, unfold_ids
+from .linear_cross_entropy import linear_cross_entropy
 from .reference import dequantize_weight, quantize_weight
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
@@ -30,6 +31,7 @@ __all__ = [
     "expert_ffn_quantized",
     "fold_ids",
     "fold_tokens",
+    "linear_cross_entropy",
     "quantize_weight",
     "reference",
     "rms_norm",

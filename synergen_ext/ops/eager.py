@@ -26,6 +26,7 @@ __all__ = [
     "expert_ffn_quantized",
     "fold_ids",
     "fold_tokens",
+    "linear_cross_entropy",
     "quantize_weight",
     "rms_norm",
     "rope",
@@ -104,3 +105,11 @@ def expert_ffn_quantized(
 ) -> Tensor:
     gate, up = dequantize_weight(gate, gate_scale), dequantize_weight(up, up_scale)
     return expert_ffn(x, gate, up, dequantize_weight(down, down_scale), expert_index, expert_weight)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    logits = F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, ignore_index=ignore_index, reduction=reduction)

@@ -239,6 +239,8 @@ def expert_ffn_quantized(
 ) -> Tensor:
     gate, up = (dequantize_weight(v, _wide(scale)) for v, scale in ((gate, gate_scale), (up, up_scale)))
     return expert_ffn(x, gate, up, dequantize_weight(down, _wide(down_scale)), expert_index, expert_weight)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -259,6 +261,59 @@ def decode_attention(
     weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
     weights = weights.masked_fill(~seen[:, None, None], 0)  # a row that sees nothing had 0 / 0
     return torch.einsum("bhgs,bshd->bhgd", weights, v).reshape(q.shape).to(q.dtype)
+
+
+def reduce_loss(loss: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """Losses [N] of rows, 0 where a row is not counted (bool [N]), as `reduction` wants them."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / counted.sum()
+    raise ValueError(f"linear_cross_entropy: reduction must be mean, sum or none, got {reduction!r}")
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    loss, _ = linear_cross_entropy_rows(x, weight, targets, ignore_index)
+    return reduce_loss(loss, targets != ignore_index, reduction)
+
+
+def linear_cross_entropy_rows(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """The loss [N] of each row, and the logarithm float64 [N] of the sum of exp(logits); 0 where the target is ignored.
+    A target outside the vocabulary, which a kernel cannot refuse on CUDA, makes NaN."""
+    counted = targets != ignore_index
+    known = (targets >= 0) & (targets < len(weight))
+    logits = F.linear(_wide(x), _wide(weight))
+    lse = logits.logsumexp(-1)
+    wanted = logits.gather(-1, torch.where(known & counted, targets, 0)[:, None])[:, 0]
+    loss = (lse - wanted).masked_fill(~known, torch.nan)
+    return loss.masked_fill(~counted, 0), lse.double().masked_fill(~counted, 0)
+
+
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `linear_cross_entropy_rows`, written out; what is not needed is empty."""
+    counted = targets != ignore_index
+    known = (targets >= 0) & (targets < len(weight))
+    wide_x, wide_weight = _wide(x), _wide(weight)
+    p = (F.linear(wide_x, wide_weight) - lse[:, None]).exp().to(wide_x.dtype)
+    p = p - F.one_hot(torch.where(known & counted, targets, 0), len(weight))
+    p = (p * dloss[:, None]).masked_fill(~known[:, None], torch.nan).masked_fill(~counted[:, None], 0)
+    dx = (p @ wide_weight).to(x.dtype) if need_x else x.new_empty(0)
+    return dx, (p.T @ wide_x).to(weight.dtype) if need_weight else weight.new_empty(0)
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:

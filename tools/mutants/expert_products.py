@@ -4,8 +4,6 @@ from . import planted
 
 MUTANTS, add = planted("expert_products.cuh", "expert_ffn.cu")
 
-add("block / (kGroup * wide) * kGroup", "block / (kGroup * wide)")
-add("left < kGroup ? left : kGroup", "kGroup")
 add("all.data += G::steps(dtype, expert * strides[0]);", "")
 add("index >= 0 && index < p.experts", "index < p.experts")
 add("index >= 0 && index < p.experts", "index >= 0 && index <= p.experts")
@@ -17,4 +15,3 @@ add("right[i] *= scale;", "")
 add("const bool direct = p.top_k == 1;", "const bool direct = true;")
 add("if (count > 0) G::store_run(dtype, to, at, count, left);", "G::store_run(dtype, to, at, count, left);")
 add("if (count > 32) G::store_run(dtype, to, at + 32", "if (count > 0) G::store_run(dtype, to, at + 32")
-add("if (p.dtype == DType::kBFloat16) return f(Type<gemm::TensorCores<bf16>>{});", "")
