@@ -112,7 +112,7 @@ def why_not_fused(experts: Any, hidden_states: Tensor) -> str | None:
         return "experts with biases"
     if getattr(experts, "has_post_expert_norm", False):
         return "a norm after each expert"
-    if type(experts)._apply_gate is not _transformers().default_gate or "_apply_gate" in experts.__dict__:
+    if _has_own_gate(experts):
         return "a gate of the model's own (_apply_gate)"
     activation = getattr(experts, "act_fn", None)
     if not _is_silu(activation):
@@ -149,6 +149,10 @@ def _local(parameter: Any) -> Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
+def _has_own_gate(module: Any) -> bool:
+    return type(module)._apply_gate is not _transformers().default_gate or "_apply_gate" in module.__dict__
+
+
 def _is_silu(activation: Any) -> bool:
     """Whether it is silu itself: a subclass may compute something else."""
     return activation is F.silu or type(activation) is nn.SiLU or type(activation) is _transformers().silu
@@ -164,20 +168,23 @@ def _delegated(module: Any, reason: str, hidden_states: Tensor, index: Tensor, w
 
 
 def _best(module: Any, hidden_states: Tensor) -> tuple[str, Callable[..., Tensor]]:
-    """transformers' own implementation for a module: grouped_mm, its default, where it can run.
+    """transformers' own implementation for a module: grouped_mm, its default, where that is right and can run.
 
-    On the CPU, grouped_mm wants rows of whole 16 bytes. On a GPU, one token takes batched_mm, as in transformers'
-    own generate: it needs no sort.
+    On a GPU, one token takes batched_mm, as in transformers' own generate: it needs no sort. On the CPU, grouped_mm
+    wants rows of whole 16 bytes. And all but the module's own forward take gate and up for halves, unless the module
+    has a gate of its own.
     """
     functions = _transformers().functions
-    up = module.gate_up_proj if getattr(module, "has_gate", True) else module.up_proj
-    sizes = [*up.shape[1:], *module.down_proj.shape[1:]]
-    aligned = all(size * up.element_size() % 16 == 0 for size in sizes)
-    names = ["grouped_mm"] if aligned or up.device.type != "cpu" else []
+    gated = getattr(module, "has_gate", True)
+    up = module.gate_up_proj if gated else module.up_proj
+    names = ["grouped_mm"]
     if up.device.type == "cuda" and hidden_states.shape[0] == 1:
         names.insert(0, "batched_mm")
+    sizes = [*up.shape[1:], *module.down_proj.shape[1:]]
+    ragged = up.device.type == "cpu" and any(size * up.element_size() % 16 for size in sizes)
+    interleaved = gated and not getattr(module, "is_concatenated", True) and not _has_own_gate(module)
     for name in names:
-        if name in functions:
+        if name in functions and not ragged and not interleaved:
             return name, functions[name]
     return "eager", type(module).forward.__wrapped__
 
