@@ -20,14 +20,15 @@ SIZES: dict[int, str] = {
     2: "num_hidden_layers num_key_value_heads num_experts_per_tok top_k num_experts_per_token moe_topk moe_top_k"
     " top_k_experts num_selected_experts moe_k linear_num_key_heads",
     4: "num_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts"
-    " linear_num_value_heads index_n_heads",
-    8: "head_dim qk_rope_head_dim q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim index_head_dim linear_key_head_dim"
-    " linear_value_head_dim index_topk global_head_dim swa_head_dim swa_v_head_dim mamba_d_state o_lora_rank",
+    " linear_num_value_heads linear_num_heads index_n_heads",
+    8: "head_dim qk_rope_head_dim q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim index_head_dim index_topk"
+    " linear_head_dim linear_key_head_dim linear_value_head_dim global_head_dim swa_head_dim swa_v_head_dim"
+    " mamba_d_state o_lora_rank hidden_size_per_layer_input",
     16: "moe_intermediate_size expert_ffn_hidden_size moe_hidden_size shared_expert_intermediate_size"
-    " shared_intermediate_size moe_shared_expert_intermediate_size",
+    " shared_intermediate_size moe_shared_expert_intermediate_size shared_experts_intermediate_size",
     32: "hidden_size",
     48: "intermediate_size ffn_hidden_size dense_intermediate_size",
-    64: "vocab_size max_position_embeddings",
+    64: "vocab_size vocab_size_per_layer_input max_position_embeddings",
 }
 
 #: What else a config needs to be valid at such sizes, or to have experts in its last layer.

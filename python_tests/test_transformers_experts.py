@@ -3,6 +3,7 @@ eager forward, then the interface's contract, case by case."""
 
 import copy
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -353,10 +354,7 @@ def test_autocast() -> None:
 
 
 def test_meta_tensors() -> None:
-    with torch.device("meta"):
-        experts = plain()
-        x, index, weights = torch.empty(5, 16), torch.empty(5, 2, dtype=torch.long), torch.empty(5, 2)
-    y = experts(x, index, weights)
+    y = plain().to("meta")(*(t.to("meta") for t in tokens(5)))
     assert y.is_meta and y.shape == (5, 16)
 
 
@@ -536,7 +534,7 @@ def test_gradient_checkpointing(mixtral: MixtralForCausalLM, reentrant: bool, fu
         model = copy.deepcopy(mixtral).train()
         model.set_experts_implementation("synergen")
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model(IDS, labels=IDS).loss.backward()
         results.append([p.grad for p in model.parameters()])
@@ -573,13 +571,9 @@ def test_registering_again_or_by_another_name(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nothing_is_imported_before_registering() -> None:
-    import subprocess
-
-    code = (
-        "import sys, synergen_ext; m = synergen_ext.integrations.transformers;"
-        "assert 'transformers' not in sys.modules; m.register(); assert 'transformers' in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, synergen_ext; synergen_ext.integrations.transformers; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_not_registered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     gate, up, down = _experts(self)
     device = hidden_states.device.type
     x = hidden_states
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         short = torch.get_autocast_dtype(device)
         x = x.to(short)
         if device != "cpu":  # a GPU's tensor cores take both operands in one dtype
