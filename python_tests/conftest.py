@@ -1,6 +1,8 @@
 """Fixtures of all tests: every device there is, every dtype, and seeds that do not depend on the
 order of tests."""
 
+from types import SimpleNamespace
+
 import emulator
 import pytest
 import torch
@@ -20,14 +22,23 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def emulated() -> emulator.Emulated:
-    """The CUDA kernels, run by the emulator."""
+@pytest.fixture(scope="module", params=["emulator", *DEVICES[1:]])
+def emulated(request: pytest.FixtureRequest) -> emulator.Emulated | emulator.OnGpu:
+    """The CUDA kernels, run by the emulator, and by a GPU where there is one."""
+    if request.param == "cuda":
+        return emulator.OnGpu()
     if not emulator.available():
         pytest.skip("needs g++, cmake and ninja")
     kernels = emulator.load("plain")
     kernels.schedule()
     return kernels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m cuda` chooses whatever runs on a GPU."""
+    for item in items:
+        if "cuda" in getattr(item, "callspec", SimpleNamespace(params={})).params.values():
+            item.add_marker("cuda")
 
 
 @pytest.fixture(autouse=True)

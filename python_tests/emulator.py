@@ -34,7 +34,13 @@ def build(*targets: str) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (BUILD / "build.ninja").is_file():
+        cache = BUILD / "CMakeCache.txt"
+        configured = f"\nPython_EXECUTABLE:UNINITIALIZED={sys.executable}\n"
+        if cache.is_file() and configured not in cache.read_text():  # for another Python
+            shutil.rmtree(BUILD / "CMakeFiles")
+            for stale in (cache, *BUILD.glob("synergen_simt*.so")):
+                stale.unlink()
+        if not cache.is_file():
             paths = (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}")
             paths += ("-DCMAKE_CXX_COMPILER=g++",)  # as in the other places that compile for the emulator
             _run("cmake", "-G", "Ninja", "-S", ROOT / "cmake" / "simt", "-B", BUILD, *paths)
@@ -91,3 +97,29 @@ class Emulated:
 
 def _unwritten(shape: Tensor) -> Tensor:
     return torch.full(shape.shape, torch.nan if shape.dtype.is_floating_point else -1, dtype=shape.dtype, device="cpu")
+
+
+class OnGpu:
+    """The same functions over CPU tensors, run by a GPU: `on_gpu.rms_norm(x, weight, 1e-5)`."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.device = device
+
+    def schedule(self, policy: int = 0, seed: int = 0, resident_blocks: int = 1) -> None:
+        """A GPU takes its own order."""
+
+    def __getattr__(self, op: str) -> Any:
+        def call(*args: Any) -> Any:
+            result = getattr(torch.ops.synergen, op)(*(self._sent(a) for a in args))
+            return tuple(r.cpu() for r in result) if isinstance(result, tuple | list) else result.cpu()
+
+        return call
+
+    def _sent(self, value: Any) -> Any:
+        """On the GPU with the strides and the place in its storage that it has here."""
+        if isinstance(value, list | tuple):
+            return [self._sent(v) for v in value]
+        if not isinstance(value, Tensor):
+            return value
+        flat = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+        return flat.to(self.device).as_strided(value.size(), value.stride(), value.storage_offset())

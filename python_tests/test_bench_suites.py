@@ -2,9 +2,12 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from synergen_ext import bench
 from synergen_ext.bench import Row, parse_bar
@@ -126,3 +129,40 @@ def test_the_demo_suite_holds_the_promised_bars() -> None:
     assert demo.UNDERSTANDING_BARS == {
         "naming": ">= 0.95", "color": ">= 0.95", "counting": ">= 0.85", "position": ">= 0.85", "caption": ">= 0.90",
     }  # fmt: skip
+
+
+GPU_CASES = bench.load_suite("cuda").gpu_cases.CASES
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_what_is_timed_on_a_gpu_runs_and_is_checked(name: str, device: str) -> None:
+    """Tiny, so that neither a case nor a rival of it fails first on the day there is a GPU."""
+    cuda = bench.load_suite("cuda")
+    case = GPU_CASES[name](device, True)
+    cuda.check(case)
+    for rival in case.rivals.values():
+        cuda.call(rival, case.args, case.train)()
+    assert case.bytes or case.flops
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    cuda = bench.load_suite("cuda")
+    for name in ("rms_norm 8192 x 2048", "sample_tokens 1 rows"):
+        case = GPU_CASES[name]("cpu", True)
+        right = case.ours
+        if case.ids:
+            case.ours = lambda *args, right=right: tuple(1 - r.long() for r in right(*args))
+        else:
+            case.ours = lambda *args, right=right: right(*args) * 1.1
+        with pytest.raises(AssertionError):
+            cuda.check(case)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
+@pytest.mark.parametrize("command", [["benchmarks/gpu.sh"], ["tools/cuda_sanitize.sh"], ["tools/cuda_calls.py"]])
+def test_without_a_gpu_one_line_says_so(command: list[str]) -> None:
+    root = bench.suites_folder().parent
+    python = [sys.executable] if command[0].endswith(".py") else ["bash"]
+    argument = [] if command[0].endswith(".py") else [sys.executable]
+    done = subprocess.run([*python, *command, *argument], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and ": needs " in done.stderr
