@@ -236,10 +236,12 @@ def _wavefronts(one: Instruction) -> int:
 def loops(code: tuple[Instruction, ...]) -> list[Loop]:
     """The code outside of loops first, then every loop in the order of its first instruction.
 
-    A loop is a branch back to a place that every way to the branch passes (a natural loop). Code that only calls reach
-    is left out.
+    A loop is a branch back to a place that every way to the branch passes (a natural loop). Calls are left out, with
+    the code that leads to each: ptxas makes them for slow paths, as of a 64-bit division whose numbers need more than
+    32 bits.
     """
     blocks = _blocks(code)
+    slow = [any(one.base == "CALL" for one in code[begin:end]) for begin, end in blocks]
     follow = [_followers(code, block, blocks) for block in blocks]
     reached, order = _reached(follow)
     above = _dominators(follow, reached, order)
@@ -251,11 +253,11 @@ def loops(code: tuple[Instruction, ...]) -> list[Loop]:
     heads = sorted(bodies)
     holders = {b: [h for h in heads if b in bodies[h]] for b in reached}
     place = {h: i + 1 for i, h in enumerate(heads)}
-    result = [Loop(-1, profile(_code(code, (blocks[b] for b in reached if not holders[b]))))]
+    result = [Loop(-1, profile(_code(code, (blocks[b] for b in reached if not holders[b] and not slow[b]))))]
     for head in heads:
         outer = [h for h in heads if h != head and head in bodies[h]]
         parent = min(outer, key=lambda h: len(bodies[h]), default=None)
-        own = [b for b in reached if holders[b] and min(holders[b], key=lambda h: len(bodies[h])) == head]
+        own = [b for b in bodies[head] if min(holders[b], key=lambda h: len(bodies[h])) == head and not slow[b]]
         result.append(Loop(0 if parent is None else place[parent], profile(_code(code, (blocks[b] for b in own)))))
     return result
 
