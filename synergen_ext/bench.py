@@ -163,7 +163,12 @@ def _measure(module: ModuleType, quick: bool, console: Any) -> list[Row]:
         rows = []
         for row in module.rows(quick, progress):
             note = f"  ({row.note})" if row.note else ""
-            console.print(f"{row.name}: {_number(row.value)} {row.unit}".rstrip() + note, highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"{row.name}: {_number(row.value)} {row.unit}".rstrip() + note,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
             rows.append(row)
     return rows
 

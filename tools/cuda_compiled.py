@@ -62,7 +62,11 @@ def broken_rules(kernel: Kernel) -> Iterator[str]:
     waits = any(one.base in ("LD", "LDG") and "STRONG" in one.opcode and "GPU" in one.opcode for one in code)
     if waits or kernel.name.split("<")[0] in READS_OWN_WRITES:
         # Loads marked EF or NA name their policy: they come from a wrapper that says what is never written.
-        stale = [one for one in code if one.base == "LDG" and "CONSTANT" in one.opcode and not re.search(r"\.(EF|NA)\b", one.opcode)]
+        stale = [
+            one
+            for one in code
+            if one.base == "LDG" and "CONSTANT" in one.opcode and not re.search(r"\.(EF|NA)\b", one.opcode)
+        ]
         if stale:
             yield f"reads what its launch writes, so LDG.CONSTANT must be 0, got {len(stale)}"
 

@@ -1,8 +1,8 @@
 """Every gate of the CUDA kernels that needs no GPU, and one table of what each ran and found.
 
-    python tools/cuda_proof.py                    all of it, some tens of minutes on two cores
-    python tools/cuda_proof.py --third 1          a third of the planted mistakes
-    python tools/cuda_proof.py --only compiled ptx bound
+python tools/cuda_proof.py                    all of it, some tens of minutes on two cores
+python tools/cuda_proof.py --third 1          a third of the planted mistakes
+python tools/cuda_proof.py --only compiled ptx bound
 """
 
 import argparse
@@ -39,7 +39,9 @@ def last_line(output: str) -> str:
 
 def counts(output: str) -> str:
     """`214 passed, 3 skipped` of pytest's last lines."""
-    found = re.findall(r"^=*\s*(\d+ (?:passed|failed|error|skipped|deselected).*?)(?: in [\d.]+s.*)?$", output, re.MULTILINE)
+    found = re.findall(
+        r"^=*\s*(\d+ (?:passed|failed|error|skipped|deselected).*?)(?: in [\d.]+s.*)?$", output, re.MULTILINE
+    )
     return re.sub(r", \d+ (?:deselected|warnings?)", "", found[-1]) if found else last_line(output)
 
 

@@ -131,7 +131,20 @@ def _compiled(source: Path, arch: str) -> Path:
     if _is_newer(cubin, needs):
         return cubin
     made = folder / f"{source.stem}.new.cubin"
-    command = [nvcc(), *OPTIONS, f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-MMD", "-MF", needs, source, "-o", made]
+    command = [
+        nvcc(),
+        *OPTIONS,
+        f"-arch=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+        "-MMD",
+        "-MF",
+        needs,
+        source,
+        "-o",
+        made,
+    ]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} for sm_{arch}:\n{done.stderr[-3000:]}")
