@@ -12,7 +12,6 @@ Needs nvcc; instructions need nvdisasm (package nvidia-cuda-nvdisasm), without w
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -85,8 +84,9 @@ def _compile(job: tuple[Path, str, tuple[str, ...]]) -> tuple[list[tuple[Kernel,
     for kernel in cuda_sass.kernels(source, arch):
         broken = list(broken_rules(kernel))
         found.append((kernel.name, kernel.registers, kernel.shared, kernel.local, facts(kernel), broken))
-        if kernel.name in bounded and kernel.instructions:
-            loops[kernel.name] = [[loop.parent, loop.counts] for loop in cuda_sass.loops(kernel.instructions)]
+        named = {kernel.name, f"{source.stem}:{kernel.name}"} & set(bounded)
+        if named and kernel.instructions:
+            loops[named.pop()] = [[loop.parent, loop.counts] for loop in cuda_sass.loops(kernel.instructions)]
     return found, loops
 
 

@@ -67,7 +67,7 @@ def gates(third: int | None) -> list[Gate]:
         Gate("schedules", "the same bits whatever order CUDA leaves open", pytest("schedule"), counts, builds),
         Gate("race", "CUDA's happens-before rules, reads of what nobody wrote", pytest("races"), counts, builds),
         Gate("sanitize", "AddressSanitizer, UndefinedBehaviorSanitizer", pytest("sanitizers"), counts, builds),
-        Gate("mistakes", "one planted at a time, each found" if third is None else "a third of those planted, each found",
+        Gate("mistakes", ("one planted at a time" if third is None else "a third of those planted") + ", each found",
              tool("cuda_mutants", *share), last_line, builds),
         Gate("compiled", "no warning, spill or stale load; registers, shared memory, opcodes within budget",
              tool("cuda_compiled"), last_line, ("nvcc",)),

@@ -1,4 +1,4 @@
-"""What nvcc makes of a kernel source: registers and memory as ptxas says, instructions and loops as nvdisasm shows them.
+"""What nvcc makes of a kernel source: registers and memory as ptxas says, instructions and loops as nvdisasm shows.
 
 nvdisasm comes with a CUDA toolkit or with the package nvidia-cuda-nvdisasm; without it `instructions` of a kernel is
 None. What is compiled stays in build/cuda/ and is made again when a source, a header or this file changes.
@@ -207,7 +207,8 @@ _FP64 = ("DFMA", "DMUL", "DADD", "DSETP")
 _XU = ("MUFU", "F2F", "F2I", "I2F", "POPC", "FLO", "BREV", "FRND", "I2FP")
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "LDGSTS", "ATOMS", "SHFL", "LD", "ST")
 _ELSEWHERE = ("BRA", "BAR", "EXIT", "NOP", "HMMA", "IMMA", "LDC", "ULDC", "LDCU", "BSSY", "BSYNC", "WARPSYNC", "RET",
-              "CALL", "DEPBAR", "LDGDEPBAR", "S2R", "S2UR", "CS2R", "MEMBAR", "ERRBAR", "CCTL", "BMOV", "ATOMG", "RED")  # fmt: skip
+              "CALL", "DEPBAR", "LDGDEPBAR", "S2R", "S2UR", "CS2R", "MEMBAR", "ERRBAR", "CCTL", "BMOV", "ATOMG",
+              "RED")  # fmt: skip
 
 
 @dataclass

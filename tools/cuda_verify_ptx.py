@@ -1,4 +1,4 @@
-"""A second opinion on barriers and races: the verifier SentryWard over the PTX that nvcc makes, inline assembly and all.
+"""A second opinion on barriers and races: the verifier SentryWard over the PTX that nvcc makes, with inline assembly.
 
 It shows, for every schedule of one block of a fixed launch, that barriers are reached together and that no two accesses
 race. It is young, knows few kernels (control flow must follow from the launch alone) and models no fences, so nothing

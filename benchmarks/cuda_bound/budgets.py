@@ -10,7 +10,8 @@ FILE = Path(__file__).resolve().parents[2] / "tools" / "cuda_budgets.json"
 
 @cache
 def read() -> dict[str, Any]:
-    """{"nvcc": release, "kernels": {source: {kernel: {arch: {what: count}}}}, "loops": {kernel: {arch: [...]}}}.
+    """{"nvcc": release, "kernels": {source: {kernel: {arch: {what: count}}}}, "loops": {kernel as entries
+    name it: {arch: [...]}}}.
 
     A loop is [number of the loop around it, {what: count in it and in no loop inside}]; loop 0 is the code outside.
     """
@@ -35,17 +36,24 @@ def _packed(value: Any, depth: int) -> Any:
     return value
 
 
-def kernel(name: str, arch: str) -> dict[str, int]:
-    """Registers, shared memory and counts of a kernel.
+def place(name: str) -> tuple[str, str]:
+    """Source and name of a kernel. Where several sources have one of that name: "rms_norm:" and the name.
 
     Raises:
-        KeyError: there is no such kernel, or not for that architecture.
+        KeyError: there is no such kernel, or more than one.
     """
-    for kernels in read()["kernels"].values():
-        if name in kernels:
-            found: dict[str, int] = kernels[name][arch]
-            return found
-    raise KeyError(f"no kernel {name} in {FILE.name}")
+    stem, _, rest = name.rpartition(":")
+    found = [(s, rest) for s, kernels in read()["kernels"].items() if rest in kernels and stem in ("", Path(s).stem)]
+    if len(found) != 1:
+        raise KeyError(f"{FILE.name}: {len(found)} kernels are called {name}")
+    return found[0]
+
+
+def kernel(name: str, arch: str) -> dict[str, int]:
+    """Registers, shared memory and counts of a kernel."""
+    source, rest = place(name)
+    found: dict[str, int] = read()["kernels"][source][rest][arch]
+    return found
 
 
 def loops(name: str, arch: str) -> list[tuple[int, dict[str, int]]]:
