@@ -1,8 +1,8 @@
 """The PTX of every wrapper in csrc/simt/device.cuh, against a text that was read by eye: tools/cuda_goldens.txt.
 
 The emulator runs twins of these wrappers, so it cannot see a wrong operand or qualifier of the real ones. Each is
-called by a kernel of its own whose operands come from in[0], in[1], ... and whose results go to out[0], out[1], ...; in the
-PTX that nvcc makes of it, registers are replaced by these names. Needs nvcc.
+called by a kernel of its own whose operands come from in[0], in[1], ... and whose results go to out[0], out[1], ...; in
+the PTX that nvcc makes of it, registers are replaced by these names. Needs nvcc.
 
     python tools/cuda_goldens.py
     python tools/cuda_goldens.py --update       # after reading the difference
