@@ -112,7 +112,12 @@ def main() -> int:
         print(f"cuda_compiled: the budgets are of nvcc {old.get('nvcc')}, this is {version}: rules alone are checked")
 
     own = cuda_sass.emulator_sources()
-    jobs = [(s, arch, file.bounded()) for s in cuda_sass.sources() + own for arch in archs]
+    # The longest first, as far as the budgets know, so that no processor waits for one at the end.
+    size = {
+        s: sum(k["instructions"] for kernel in ks.values() for k in kernel.values()) for s, ks in old["kernels"].items()
+    }
+    order = sorted(cuda_sass.sources() + own, key=lambda s: -size.get(s.name, 0))
+    jobs = [(s, arch, file.bounded()) for s in order for arch in archs]
     new: dict[str, Any] = {"nvcc": version, "kernels": {}, "loops": {}}
     findings, lower, checked = [], 0, 0
     print(f"{'source':28} {'arch':7} {'kernels':>7} {'registers':>12} {'shared bytes':>12} {'local bytes':>11}")
