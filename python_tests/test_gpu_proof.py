@@ -74,12 +74,13 @@ def test_bound_takes_the_largest_term(bound, monkeypatch):
     monkeypatch.setattr(budgets, "loops", lambda name, arch: loops)
     launch = bound.Launch("k", blocks=133, threads=256, shared=60 << 10, dram=3.35e6, flops=1e9, per_warp={"HMMA": 40})
     assert bound.occupancy(H100, launch) == 2
-    assert bound.instructions(H100, launch) == {"issue": 100 + 4 * 50, "HMMA": 40, "wavefronts": 32}
+    assert bound.instructions(H100, launch) == ({"issue": 100}, {"issue": 4 * 50, "HMMA": 40, "wavefronts": 32})
     got = bound.bound(H100, launch)
     assert got.terms["DRAM"] == pytest.approx(1e-6) == pytest.approx(got.ideal["DRAM"])
     assert got.terms["tensor"] == pytest.approx(got.ideal["tensor"] * 2 * 132 / 133)  # one SM has two blocks
     assert got.terms["issue"] == pytest.approx(2 * 8 * 300 / 4 / H100.clock)
-    assert got.total == max(got.terms.values()) + H100.launch
+    assert got.edges == pytest.approx(100 * 2 / H100.clock + H100.dram_latency)  # the other block hides it
+    assert got.total == max(got.terms.values()) + H100.launch + got.edges
     # Little's law: one KiB under way for each block.
     slow = bound.bound(H100, bound.Launch("k", 132, 256, dram=3.35e6, in_flight=1024, others=0))
     assert slow.terms["DRAM"] == pytest.approx(3.35e6 / (132 * 1024 / H100.dram_latency))

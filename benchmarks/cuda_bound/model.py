@@ -1,11 +1,12 @@
 """The least time of a launch, from bytes, operations and machine code. Static: nothing here is a measurement.
 
-    time = launch + max(terms) + barriers
+    time = launch + max(terms) + edges + barriers
 
 The terms are DRAM (with the bytes that are under way together: Little's law), L2, tensor cores, the pipes of an SM
-(issue slots, float32, whole numbers, float64, roots and conversions, shared memory and first-level cache), one warp's
-own instructions one after another, and loads that wait for each other. Those of an SM are taken for the SM with the
-most blocks, so that waves count whole.
+(issue slots, float32, whole numbers, float64, roots and conversions, shared memory and first-level cache), and the
+chain: what one warp does in loops and waits for, one after another. Those of an SM are taken for the SM with the most
+blocks, so that waves count whole. The edges are a block's code outside of loops and its first load: other blocks of the
+SM hide them, so they count once, or for every wave where an SM holds one block.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from .cards import Card
 #: Cycles from one instruction of a warp to the next that wants its result: about 4; with two such chains in a thread,
 #: 2 on average. Assumed.
 CYCLES_A_WARP = 2.0
+#: Cycles from the last warp's arrival at a block's barrier until all go on. Assumed.
+CYCLES_A_BARRIER = 20.0
 #: Bytes a cycle that the first-level cache takes from L2 (A100 and later).
 L1_FILL = 64
 
@@ -39,7 +42,7 @@ class Launch:
             that has any), and it turns as often as that makes it. Code outside of loops counts once.
         others: turns of the loops not named, for each turn of the code around them.
         in_flight: bytes from DRAM that a block has asked for and not yet got; None: enough.
-        waits: loads from (DRAM, L2) that one block makes one after another.
+        waits: loads from (DRAM, L2) that one block waits for one after another.
         barriers: of the grid.
     """
 
@@ -91,11 +94,12 @@ class Bound:
     terms: dict[str, float]  # of max()
     ideal: dict[str, float]  # DRAM and tensor cores alone, no waves, nothing else
     launch: float
+    edges: float
     barriers: float
 
     @property
     def total(self) -> float:
-        return max(self.terms.values()) + self.launch + self.barriers
+        return max(self.terms.values()) + self.launch + self.edges + self.barriers
 
     @property
     def limit(self) -> str:
@@ -114,8 +118,8 @@ def occupancy(card: Card, launch: Launch) -> int:
     return fits
 
 
-def instructions(card: Card, launch: Launch) -> dict[str, float]:
-    """What a warp runs, by pipe."""
+def instructions(card: Card, launch: Launch) -> tuple[dict[str, float], dict[str, float]]:
+    """What a warp runs outside of loops and in them, by pipe."""
     loops = budgets.loops(launch.kernel, card.arch)
     turns = [0.0] * len(loops)
     named: dict[int, float] = {}
@@ -126,24 +130,34 @@ def instructions(card: Card, launch: Launch) -> dict[str, float]:
             raise ValueError(f"{launch.kernel}, sm_{card.arch}: no loop holds {name}")
         chosen = holders[int(number) - 1] if number else max(holders, key=lambda i: loops[i][1][name])
         named[chosen] = count / loops[chosen][1][name]
-    total: dict[str, float] = {}
+    looped: dict[str, float] = {}
     for i, (parent, counts) in enumerate(loops):
         turns[i] = named.get(i, 1.0 if parent < 0 else launch.others * turns[parent])
-        for what, count in counts.items():
-            total[what] = total.get(what, 0.0) + turns[i] * count
-    return total
+        for what, count in counts.items() if i else ():
+            looped[what] = looped.get(what, 0.0) + turns[i] * count
+    return {what: float(count) for what, count in loops[0][1].items()}, looped
 
 
 def bound(card: Card, launch: Launch) -> Bound:
-    resident = occupancy(card, launch) * card.sms
+    held = occupancy(card, launch)
+    resident = held * card.sms
     waves = math.ceil(launch.blocks / resident)
     busiest = math.ceil(launch.blocks / card.sms)  # blocks of the SM that has the most
     warps = -(-launch.threads // 32)
-    each = instructions(card, launch)
+    straight, looped = instructions(card, launch)
     cycle = 1 / card.clock
 
     def pipe(what: str, lanes: int) -> float:
-        return busiest * warps * each.get(what, 0.0) * 32 / lanes * cycle
+        return busiest * warps * (straight.get(what, 0.0) + looped.get(what, 0.0)) * 32 / lanes * cycle
+
+    def own(code: dict[str, float]) -> float:
+        """Seconds of one warp."""
+        return (code.get("issue", 0.0) * CYCLES_A_WARP + code.get("BAR", 0.0) * CYCLES_A_BARRIER) * cycle
+
+    dram_waits, l2_waits = launch.waits
+    waiting = dram_waits * card.dram_latency + l2_waits * card.l2_latency
+    first = min(waiting, card.dram_latency if dram_waits else card.l2_latency)
+    edges = (waves if held == 1 else 1) * (own(straight) + first)
 
     l2 = max(launch.l2, launch.dram)
     terms = {
@@ -156,13 +170,13 @@ def bound(card: Card, launch: Launch) -> Bound:
         "float64": pipe("fp64", card.fp64_lanes),
         "conversions": pipe("xu", card.xu_lanes),
         "shared": pipe("wavefronts", 32),
-        "one warp": waves * each.get("issue", 0.0) * CYCLES_A_WARP * cycle,
-        "waiting": waves * (launch.waits[0] * card.dram_latency + launch.waits[1] * card.l2_latency),
+        "chain": waves * (own(looped) + waiting - first),
     }
     return Bound(
         {name: launch.times * t for name, t in terms.items()},
         {"DRAM": launch.times * launch.dram / card.dram, "tensor": launch.times * launch.flops / card.tensor},
         launch.times * card.launch,
+        launch.times * edges,
         launch.times * launch.barriers * card.barrier,
     )
 
@@ -208,7 +222,12 @@ class Result:
         """Of every term in the whole, largest first; launches and barriers too."""
         sums: dict[str, float] = {}
         for part in self.parts:
-            for name, t in {**part.terms, "launches": part.launch, "barriers": part.barriers}.items():
+            for name, t in {
+                **part.terms,
+                "launches": part.launch,
+                "edges": part.edges,
+                "barriers": part.barriers,
+            }.items():
                 sums[name] = sums.get(name, 0.0) + t
         return {n: t / self.total for n, t in sorted(sums.items(), key=lambda item: -item[1]) if t}
 
