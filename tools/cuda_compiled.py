@@ -84,7 +84,7 @@ def _compile(job: tuple[Path, str, tuple[str, ...]]) -> tuple[list[tuple[Kernel,
     for kernel in cuda_sass.kernels(source, arch):
         broken = list(broken_rules(kernel))
         found.append((kernel.name, kernel.registers, kernel.shared, kernel.local, facts(kernel), broken))
-        named = {kernel.name, f"{source.stem}:{kernel.name}"} & set(bounded)
+        named = {kernel.name, f"{source.stem}/{kernel.name}"} & set(bounded)
         if named and kernel.instructions:
             loops[named.pop()] = [[loop.parent, loop.counts] for loop in cuda_sass.loops(kernel.instructions)]
     return found, loops

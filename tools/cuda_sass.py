@@ -170,7 +170,7 @@ def _readable(mangled: Iterable[str]) -> dict[str, str]:
 
 def _short(name: str) -> str:
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    name = re.sub(r"\b(?:synergen|cuda|simt)::", "", name)
+    name = re.sub(r"\b[a-z]\w*::", "", name).replace("> >", ">>")
     depth = 0
     for i, c in enumerate(name):  # the parameters begin at the first bracket outside of template arguments
         depth += {"<": 1, ">": -1}.get(c, 0)

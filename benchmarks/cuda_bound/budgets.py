@@ -37,12 +37,12 @@ def _packed(value: Any, depth: int) -> Any:
 
 
 def place(name: str) -> tuple[str, str]:
-    """Source and name of a kernel. Where several sources have one of that name: "rms_norm:" and the name.
+    """Source and name of a kernel. Where several sources have one of that name: "rms_norm/" and the name.
 
     Raises:
         KeyError: there is no such kernel, or more than one.
     """
-    stem, _, rest = name.rpartition(":")
+    stem, _, rest = name.rpartition("/")
     found = [(s, rest) for s, kernels in read()["kernels"].items() if rest in kernels and stem in ("", Path(s).stem)]
     if len(found) != 1:
         raise KeyError(f"{FILE.name}: {len(found)} kernels are called {name}")
