@@ -64,8 +64,7 @@ def fold_tokens_backward(card: Card) -> list[Launch]:
     tokens, row, vocab, raster = 8 * 4096, 2048 * 2, 32768, 4096
     tiles, pieces = tokens // 1024, tokens // 256
     words = tokens * 4
-    # Three passes: the vocabulary fills 15 bits, and the mark of an id out of range the sixteenth, so shift 0 and 8.
-    passes = 2
+    passes = 2  # of 8 bits: the vocabulary fills 15, and the mark of an id out of range is the sixteenth
     sort = [
         Launch("fill_keys_kernel", tokens // 256, 256, dram=3 * words),
         Launch("count_digits_kernel", tiles // 4, 128, l2=words, per_warp={"ATOMS": 32}, waits=(0, 32), times=passes),
@@ -87,8 +86,10 @@ def fold_tokens_backward(card: Card) -> list[Launch]:
 
 ENTRIES = (
     Entry("rms_norm 8192 x 2048", rms_norm),
-    Entry("rms_norm 8192 x 2048, backward", rms_norm_backward),
+    Entry("rms_norm 8192 x 2048, backward", rms_norm_backward, None,
+          why="a block takes 16 rows one after another, and 8 blocks alone add up dweight, 128 round trips to L2"),
     Entry("rope 8192 tokens", rope),
     Entry("fold_tokens 8 pictures", fold_tokens),
-    Entry("fold_tokens 8 pictures, backward", fold_tokens_backward),
-)
+    Entry("fold_tokens 8 pictures, backward", fold_tokens_backward, None,
+          why="64-bit divisions for every row, and a sort of 32 tiles by 8 blocks, mostly waiting"),
+)  # fmt: skip

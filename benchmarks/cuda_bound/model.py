@@ -39,7 +39,8 @@ class Launch:
         flops: on tensor cores.
         per_warp: how often a warp runs an instruction, on average, by the name of one that only the loop meant holds:
             {"HMMA": 2048}. The loop is the one with the most of them ("LDG:2": the second, in the order of the code,
-            that has any), and it turns as often as that makes it. Code outside of loops counts once.
+            that has any), and it turns as often as that makes it.
+        straight: share of the code outside of loops that runs; the whole, where unlikely code is little.
         others: turns of the loops not named, for each turn of the code around them.
         in_flight: bytes from DRAM that a block has asked for and not yet got; None: enough.
         waits: loads from (DRAM, L2) that one block waits for one after another.
@@ -54,6 +55,7 @@ class Launch:
     l2: float = 0
     flops: float = 0
     per_warp: Mapping[str, float] = field(default_factory=dict)
+    straight: float = 1.0
     others: float = 1.0
     in_flight: float | None = None
     waits: tuple[float, float] = (1, 0)
@@ -135,7 +137,7 @@ def instructions(card: Card, launch: Launch) -> tuple[dict[str, float], dict[str
         turns[i] = named.get(i, 1.0 if parent < 0 else launch.others * turns[parent])
         for what, count in counts.items() if i else ():
             looped[what] = looped.get(what, 0.0) + turns[i] * count
-    return {what: float(count) for what, count in loops[0][1].items()}, looped
+    return {what: launch.straight * count for what, count in loops[0][1].items()}, looped
 
 
 def bound(card: Card, launch: Launch) -> Bound:
