@@ -108,3 +108,24 @@ def test_every_wrapper_has_a_golden(sass):
     goldens = importlib.import_module("cuda_goldens")
     sys.path.remove(str(ROOT / "tools"))
     assert set(goldens.wrappers()) == {*goldens.CALLS, *goldens.NONE}
+
+
+def test_budgets_and_rules(sass):
+    compiled = importlib.import_module("cuda_compiled")
+    budget = {"registers": 40, "LDG": 3, "HMMA": 64}
+    assert not list(compiled.over_budget({"registers": 39, "LDG": 3, "HMMA": 64}, budget))
+    assert list(compiled.over_budget({"registers": 41, "CALL div_s64": 1}, budget)) == [
+        "CALL div_s64 must be at most 0, got 1",
+        "HMMA must be 64, got 0",
+        "registers must be at most 40, got 41",
+    ]
+    waits, stale, weights = "LD.E.STRONG.GPU", "LDG.E.128.CONSTANT", "LDG.E.128.NA.CONSTANT"
+
+    def broken(local, *opcodes):
+        return list(compiled.broken_rules(sass.Kernel("k<bf16>", 8, 0, local, listing(sass, *opcodes))))
+
+    assert broken(8, "STL") == ["local memory must be 0 bytes, got 8", "LDL and STL must be 0, got 0 and 1"]
+    assert broken(0, waits, stale) == ["reads what its launch writes, so LDG.CONSTANT must be 0, got 1"]
+    assert not broken(0, waits, weights) and not broken(0, stale)
+    call = sass.Instruction(0, "CALL.REL.NOINC", "$__internal_3_$__cuda_sm20_div_s64", False)
+    assert compiled.call_name(call) == "div_s64"
