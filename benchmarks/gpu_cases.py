@@ -33,7 +33,6 @@ class Case:
     flops: int = 0
     train: bool = False  # forward and backward
     ids: bool = False  # results are ids: ours equal those of the CPU kernel; rivals draw their own
-    bound: str = ""  # the entry of suite_cuda_bound.py that bounds it
     missing: dict[str, str] = field(default_factory=dict)  # rivals that are not here, and why
 
 
@@ -51,7 +50,6 @@ def rms_norm(device: str, tiny: bool, train: bool = False) -> Case:
         reference.rms_norm,
         bytes=(5 if train else 2) * size(x),
         train=train,
-        bound="rms_norm",
     )
 
 
@@ -72,7 +70,7 @@ def rope(device: str, tiny: bool) -> Case:
         return turn(q), turn(k)
 
     positions = torch.arange(tokens, device=device)
-    return Case((q, k, positions), ops.rope, {"torch": rotate_half}, reference.rope, 2 * size(q, k), bound="rope")
+    return Case((q, k, positions), ops.rope, {"torch": rotate_half}, reference.rope, 2 * size(q, k))
 
 
 def fold_tokens(device: str, tiny: bool, train: bool = False) -> Case:
@@ -89,8 +87,7 @@ def fold_tokens(device: str, tiny: bool, train: bool = False) -> Case:
     moved = 2 * batch * size(pos) + size(pos)  # a read of the row of every token, a write, and the positions
     if train:
         moved += batch * size(pos) + size(table, pos)
-    return Case(args, ops.fold_tokens, {"torch": gather}, reference.fold_tokens, moved, train=train,
-                bound="fold_tokens")  # fmt: skip
+    return Case(args, ops.fold_tokens, {"torch": gather}, reference.fold_tokens, moved, train=train)
 
 
 def _experts(device: str, tokens: tuple[int, ...], dim: int, hidden: int) -> tuple[Tensor, ...]:
@@ -140,9 +137,7 @@ def expert_ffn(device: str, tiny: bool, tokens: tuple[int, ...], train: bool = F
     rivals = {"torch, a loop over experts": eager.expert_ffn, "torch grouped_mm": _grouped_mm,
               "transformers grouped_mm": _transformers, "dense, no routing": _dense}  # fmt: skip
     flops = (18 if train else 6) * sum(tokens) * dim * hidden
-    name = "expert_ffn" if sum(tokens) > 64 else "expert_ffn decode"
-    return Case(args, ops.expert_ffn, rivals, reference.expert_ffn, (3 if train else 1) * used, flops, train,
-                bound=name)  # fmt: skip
+    return Case(args, ops.expert_ffn, rivals, reference.expert_ffn, (3 if train else 1) * used, flops, train)
 
 
 def linear_cross_entropy(device: str, tiny: bool, rows: int, vocab: int, train: bool = True) -> Case:
@@ -186,8 +181,7 @@ def sample_tokens(device: str, tiny: bool, rows: int, filtered: bool) -> Case:
             s = s.masked_fill(removed.scatter(1, order, removed), -torch.inf)
         return torch.multinomial(s.softmax(-1), 1)
 
-    case = Case((logits, uncond, seed), ours, {"torch": chain}, on_cpu, size(logits, uncond), ids=True,
-                bound="sample_tokens")  # fmt: skip
+    case = Case((logits, uncond, seed), ours, {"torch": chain}, on_cpu, size(logits, uncond), ids=True)
     if filtered:
         _other_samplers(case, scores, options)
     return case

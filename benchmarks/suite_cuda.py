@@ -7,6 +7,7 @@ through copies larger than the L2 cache, and ours and rivals alternate. ``--quic
 
 import importlib.util
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from synergen_ext.bench import Progress, Row
 from synergen_ext.testing import assert_as_accurate, normal, run_with_gradients, to_float64
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cuda_bound import entries, model  # noqa: E402
+from cuda_bound.cards import CARDS  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("synergen_gpu_cases", Path(__file__).with_name("gpu_cases.py"))
 assert _spec and _spec.loader
@@ -137,12 +142,21 @@ def timed(name: str, case: Any, rounds: int, copied: float, multiplied: float) -
     floor = max(case.bytes / copied, case.flops / multiplied)
     yield Row(name, median * 1e6, "us", None, (min(ours) * 1e6, max(ours) * 1e6), note=f"median of {rounds}")
     yield Row(f"{name}, of the card's measured limit", floor / median, "")
+    if (least := static_bound(name, torch.cuda.get_device_name())) is not None:
+        yield Row(f"{name}, static bound / measured", least / median, "")
     for who, took in samples.items():
         ratios = [a / b for a, b in zip(took, ours, strict=True)]
         spread = (min(ratios), max(ratios))
         yield Row(f"{name}, {who} / ours", statistics.median(ratios), "x", None, spread, note=notes[who])
     for who, why in case.missing.items():
         yield Row(f"{name}, {who} / ours", float("nan"), "x", note=f"not here: {why}")
+
+
+def static_bound(name: str, device: str) -> float | None:
+    """Seconds of the case on that card by suite_cuda_bound.py, if both are known there."""
+    cards = [card for card in CARDS if card.name in device]
+    found = [entry for entry in entries.ENTRIES if entry.name == name]
+    return model.evaluate(found[0], cards[0]).total if cards and found else None
 
 
 def ceilings(rounds: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 A suite is a file ``benchmarks/suite_NAME.py`` of the checkout with a docstring and a function
 ``rows(quick: bool, progress: Progress) -> Iterable[Row]``, which measures as it is iterated and calls
-``progress(what, done, total)`` in between.
+``progress(what, done, total)`` in between. It may have a ``TITLE`` for its table.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def suites_folder() -> Path:
 
 
 def suite_names() -> list[str]:
-    return sorted(p.stem.removeprefix("suite_") for p in suites_folder().glob("suite_*.py"))
+    return sorted(p.stem.removeprefix("suite_").replace("_", "-") for p in suites_folder().glob("suite_*.py"))
 
 
 def load_suite(name: str) -> ModuleType:
@@ -99,8 +99,9 @@ def load_suite(name: str) -> ModuleType:
     names = suite_names()
     if name not in names:
         raise ValueError(f"bench: suite must be one of {', '.join(names)}, got {name!r}")
-    path = suites_folder() / f"suite_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"synergen_suite_{name}", path)
+    stem = name.replace("-", "_")
+    path = suites_folder() / f"suite_{stem}.py"
+    spec = importlib.util.spec_from_file_location(f"synergen_suite_{stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"bench: cannot load {path}")
     module = importlib.util.module_from_spec(spec)
@@ -113,7 +114,7 @@ def run(suite: str, json_path: str | Path | None = None, check: bool = False, qu
     """Measure a suite, print its table, write its JSON.
 
     Args:
-        suite: NAME of ``benchmarks/suite_NAME.py``.
+        suite: NAME of ``benchmarks/suite_NAME.py``, with - for _.
         json_path: file for rows, versions, CPU, commit and date.
         check: let a missed bar decide the exit code.
         quick: fewer samples; the suite says how many.
@@ -130,7 +131,7 @@ def run(suite: str, json_path: str | Path | None = None, check: bool = False, qu
     console = Console()
     began = datetime.now(timezone.utc)
     rows = _measure(module, quick, console)
-    _print(suite, quick, rows, console)
+    _print(getattr(module, "TITLE", f"suite {suite}"), quick, rows, console)
     if json_path is not None:
         report = {
             "suite": suite,
@@ -161,7 +162,13 @@ def _measure(module: ModuleType, quick: bool, console: Any) -> list[Row]:
 
         rows = []
         for row in module.rows(quick, progress):
-            console.print(f"{row.name}: {_number(row.value)} {row.unit}".rstrip(), highlight=False)
+            note = f"  ({row.note})" if row.note else ""
+            console.print(
+                f"{row.name}: {_number(row.value)} {row.unit}".rstrip() + note,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
             rows.append(row)
     return rows
 
@@ -178,13 +185,13 @@ def _spread(row: Row) -> str:
     return f"{low} - {high}" if row.spread_kind == "min-max" else f"[{low}, {high}]"
 
 
-def _print(suite: str, quick: bool, rows: list[Row], console: Any) -> None:
+def _print(title: str, quick: bool, rows: list[Row], console: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     kinds = dict.fromkeys(r.spread_kind for r in rows if r.spread and r.spread_kind != "min-max")
     caption = "spread: least - largest" + (f", or [{', '.join(kinds)}]" if kinds else "")
-    table = Table(title=f"suite {suite}{' (quick)' if quick else ''}", caption=escape(caption))
+    table = Table(title=f"{title}{' (quick)' if quick else ''}", caption=escape(caption))
     columns = ["figure", "value", "unit", "spread"]
     if any(r.bar for r in rows):
         columns += ["bar", ""]
