@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cuda_cases import UNPACKED
+from cuda_cases import UNPACKED, spaced
 from test_expert_ffn import plain
 from test_expert_ffn_quantized import FORMATS, inputs
 
 from synergen_ext import ops
 from synergen_ext.ops import reference
-from synergen_ext.testing import DTYPES, assert_as_accurate, to_float64
+from synergen_ext.testing import DTYPES, LAYOUTS, assert_as_accurate, to_float64
 
 
 def check(emulated, *args):
@@ -24,7 +24,7 @@ def check(emulated, *args):
 #: A small call, which test_cuda_emulated.py makes under every schedule and gate.
 SMALL = {
     "expert_ffn_quantized": lambda: inputs(
-        5, 128, 256, 3, 2, dtype=torch.bfloat16, bits=4, groups=(32, 64), weight_dtype=torch.float32
+        9, 128, 256, 3, 2, dtype=torch.bfloat16, bits=4, groups=(32, 64), weight_dtype=torch.float32
     ),
 }
 
@@ -37,6 +37,8 @@ def sanitized():
                 yield "expert_ffn_quantized", (*inputs(tokens, dim, hidden, dtype=dtype, bits=bits), None)
         for lay in UNPACKED[:2]:
             yield "expert_ffn_quantized", (*laid(lay, inputs(3, 64, 64, dtype=dtype, bits=4, groups=(32, 32))), None)
+        yield "expert_ffn_quantized", (*inputs(3, 160, 96, dtype=dtype, bits=4, groups=(32, 32)), None)
+        yield "expert_ffn_quantized", (*inputs(3, 64, 256, dtype=dtype, bits=8), None)  # whole rings
     yield "expert_ffn_quantized", inputs(20, 64, 64, 2, 4, dtype=torch.bfloat16, bits=8)
 
 
@@ -69,6 +71,29 @@ def test_rows_that_cannot_be_read_in_packs(emulated, lay, bits, dtype):
     check(emulated, *laid(lay, inputs(3, 64, 128, dtype=dtype, bits=bits, groups=(64, 64))))
 
 
+@pytest.mark.parametrize("bits, hidden", [(8, 800), (4, 1600)])
+def test_depths_of_several_rings_and_warps(emulated, bits, hidden, dtype):
+    check(emulated, *inputs(3, 32, hidden, dtype=dtype, bits=bits))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts(emulated, layout, dtype):
+    check(emulated, *inputs(3, 64, 64, top_k=2, dtype=dtype, bits=8, layout=layout))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_only_some_of_it_can_be_read_in_packs(emulated, bits, dtype):
+    """Rows that end within an access of 16 bytes, though all begin at one; scales with gaps."""
+    args = list(inputs(3, 24, 32, dtype=dtype, bits=bits))
+    for i in (1, 2):
+        row = args[i].shape[-1]
+        wide = args[i].new_full((*args[i].shape[:-1], 32), 77)
+        args[i] = wide[..., :row].copy_(args[i])
+    check(emulated, *args)
+    args = list(inputs(3, 64, 64, dtype=dtype, bits=4, groups=(32, 32)))
+    check(emulated, *args[:4], *(spaced(a) for a in args[4:7]), args[7])
+
+
 @pytest.mark.parametrize("experts, top_k", [(4, 2), (3, 5), (70, 1)])
 def test_routing(emulated, experts, top_k, dtype):
     check(emulated, *inputs(13, 32, 64, experts, top_k, dtype=dtype, bits=4, groups=(32, 32)))
@@ -89,6 +114,8 @@ def test_an_index_that_names_no_expert(emulated, tokens, top_k):
         assert again[1].isnan().all()
         again[1] = y[1]
         assert torch.equal(again, y)
+        args[7].fill_(3)
+        assert not emulated.expert_ffn_quantized(*args, *((None,) if top_k is None else ())).any()
 
 
 def test_nothing_to_add(emulated):

@@ -124,81 +124,79 @@ __global__ void __launch_bounds__((32 * kWarps<T, W, NT, kPacked>), 1) ffn_kerne
   const int g = lane / 4, t = lane % 4;
   const int slot = static_cast<int>(blockIdx.y) / p.slices;
   const int slice = static_cast<int>(blockIdx.y) % p.slices;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * (kBlock / p.split) + warp / p.split;
+  // Chunks that read the same weights are neighbours.
+  const int64_t chunks = ceil_div(p.pairs, kChunkPairs);
+  const int64_t first = blockIdx.x % chunks * kChunkPairs;
+  const int64_t tile = blockIdx.x / chunks * (kBlock / p.split) + warp / p.split;
   const int64_t column = tile * kColumns + g;  // and column + 8 where kDown
   uint8_t* order = orders[warp];               // the place in the chunk of each row
   A* factor = factors[kDown ? warp : 0];
-  const int64_t chunks = ceil_div(p.pairs, kChunkPairs);
-  for (int64_t chunk = blockIdx.z; chunk < chunks; chunk += gridDim.z) {
-    const int64_t first = chunk * kChunkPairs;
-    __syncthreads();  // the last chunk's order, factors and sums are read
-    const Routed routed = route(p, first, kChunkPairs, slot);
-    const int rows = __popc(routed.pairs);
-    if ((routed.pairs >> lane & 1) != 0) {
-      const int row = __popc(routed.pairs & ((1u << lane) - 1));
-      order[row] = static_cast<uint8_t>(lane);
-      if constexpr (kDown) factor[row] = weight_of<A, Out>(p, first + lane);
-    }
-    __syncwarp();
-    A sum[NT][4] = {};
-    if (rows > 0 && tile * kColumns < p.columns) {
-      Operands<T, W, NT> in{};
-      in.k = p.k;
-      in.x_step = p.x_strides[1];
-      in.w_step[0] = p.low.strides[2];
-      in.w_step[1] = p.high.strides[2];
-      in.scale_step[0] = p.low.scale_strides[2];
-      in.scale_step[1] = p.high.scale_strides[2];
-      in.group_log2 = p.group_log2;
-#pragma unroll
-      for (int i = 0; i < NT; ++i) {
-        const int row = min(8 * i + g, rows - 1);
-        const int64_t pair = first + order[row];
-        in.x[i] = static_cast<const T*>(p.x) + (kDown ? pair : pair / p.top_k) * p.x_strides[0];
-      }
-      const int64_t last = p.columns - 1;
-      point(p.low, routed.expert, min(column, last), in.w[0], in.scale[0]);
-      point(p.high, routed.expert, min(column + (kDown ? 8 : 0), last), in.w[1], in.scale[1]);
-      const int64_t parts = static_cast<int64_t>(p.slices) * p.split;
-      const int64_t part = static_cast<int64_t>(slice) * p.split + warp % p.split;
-      multiply<kPacked>(in, part_begin<W>(p.k, part, parts), part_begin<W>(p.k, part + 1, parts),
-                        sum);
-    }
-    join(sum, p.split, sums);
-    if (warp % p.split != 0) continue;
-    if (kDown && slot == 0 && p.part == nullptr) {
-      for (int i = 0; i < kChunkPairs; ++i) {
-        const int64_t c = tile * kColumns + lane;
-        if ((routed.nobody >> i & 1) == 0 || lane >= kColumns || c >= p.columns) continue;
-        const bool refused = index_of(p, first + i) < 0;
-        static_cast<Out*>(p.out)[(first + i) * p.columns + c] =
-            simt::narrow<Out>(A(refused ? NAN : 0));
-      }
-    }
+  const Routed routed = route(p, first, kChunkPairs, slot);
+  const int rows = __popc(routed.pairs);
+  if ((routed.pairs >> lane & 1) != 0) {
+    const int row = __popc(routed.pairs & ((1u << lane) - 1));
+    order[row] = static_cast<uint8_t>(lane);
+    if constexpr (kDown) factor[row] = weight_of<A, Out>(p, first + lane);
+  }
+  __syncwarp();
+  A sum[NT][4] = {};
+  if (rows > 0 && tile * kColumns < p.columns) {
+    Operands<T, W, NT> in{};
+    in.k = p.k;
+    in.x_step = p.x_strides[1];
+    in.w_step[0] = p.low.strides[2];
+    in.w_step[1] = p.high.strides[2];
+    in.scale_step[0] = p.low.scale_strides[2];
+    in.scale_step[1] = p.high.scale_strides[2];
+    in.group_log2 = p.group_log2;
 #pragma unroll
     for (int i = 0; i < NT; ++i) {
+      const int row = min(8 * i + g, rows - 1);
+      const int64_t pair = first + order[row];
+      in.x[i] = static_cast<const T*>(p.x) + (kDown ? pair : pair / p.top_k) * p.x_strides[0];
+    }
+    const int64_t last = p.columns - 1;
+    point(p.low, routed.expert, min(column, last), in.w[0], in.scale[0]);
+    point(p.high, routed.expert, min(column + (kDown ? 8 : 0), last), in.w[1], in.scale[1]);
+    const int64_t parts = static_cast<int64_t>(p.slices) * p.split;
+    const int64_t part = static_cast<int64_t>(slice) * p.split + warp % p.split;
+    multiply<kPacked>(in, part_begin<W>(p.k, part, parts), part_begin<W>(p.k, part + 1, parts),
+                      sum);
+  }
+  join(sum, p.split, sums);
+  if (warp % p.split != 0) return;
+  if (kDown && slot == 0 && p.part == nullptr) {
+    for (int i = 0; i < kChunkPairs; ++i) {
+      const int64_t c = tile * kColumns + lane;
+      if ((routed.nobody >> i & 1) == 0 || lane >= kColumns || c >= p.columns) continue;
+      const bool refused = index_of(p, first + i) < 0;
+      static_cast<Out*>(p.out)[(first + i) * p.columns + c] =
+          simt::narrow<Out>(A(refused ? NAN : 0));
+    }
+  }
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int row = 8 * i + 2 * t + b;
-        if (row >= rows) continue;
-        const int64_t pair = first + order[row];
-        if constexpr (!kDown) {
-          const A gate = sum[i][b], up = sum[i][2 + b];
-          if (column < p.columns) {
-            static_cast<Out*>(p.out)[pair * p.columns + column] =
-                simt::narrow<Out>(gate / (1 + std::exp(-gate)) * up);
-          }
-        } else {
+  for (int i = 0; i < NT; ++i) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int64_t c = column + 8 * h;
-            if (c >= p.columns) continue;
-            const A value = sum[i][2 * h + b] * factor[row];
-            if (p.part == nullptr) {
-              static_cast<Out*>(p.out)[pair * p.columns + c] = simt::narrow<Out>(value);
-            } else {
-              static_cast<A*>(p.part)[(slice * p.pairs + pair) * p.columns + c] = value;
-            }
+    for (int b = 0; b < 2; ++b) {
+      const int row = 8 * i + 2 * t + b;
+      if (row >= rows) continue;
+      const int64_t pair = first + order[row];
+      if constexpr (!kDown) {
+        const A gate = sum[i][b], up = sum[i][2 + b];
+        if (column < p.columns) {
+          static_cast<Out*>(p.out)[pair * p.columns + column] =
+              simt::narrow<Out>(gate / (1 + std::exp(-gate)) * up);
+        }
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int64_t c = column + 8 * h;
+          if (c >= p.columns) continue;
+          const A value = sum[i][2 * h + b] * factor[row];
+          if (p.part == nullptr) {
+            static_cast<Out*>(p.out)[pair * p.columns + c] = simt::narrow<Out>(value);
+          } else {
+            static_cast<A*>(p.part)[(slice * p.pairs + pair) * p.columns + c] = value;
           }
         }
       }
@@ -271,9 +269,8 @@ void launch_tiles(const char* op, FfnLaunch& p, void* stream) {
   const int64_t chunks = ceil_div(p.pairs, kPairs<T, W, kPacked>);
   const int64_t most = p.pairs < kPairs<T, W, kPacked> ? p.pairs : kPairs<T, W, kPacked>;
   const int64_t slots = p.experts < most ? p.experts : most;
-  dim3 blocks = blocks_for(op, tiles * p.split, kBlock);
+  dim3 blocks = blocks_for(op, ceil_div(tiles * p.split, kBlock) * chunks, 1);
   blocks.y = static_cast<unsigned>(slots * p.slices);
-  blocks.z = static_cast<unsigned>(chunks < 65535 ? chunks : 65535);
   simt::launch(op, ffn_kernel<T, W, Out, NT, kPacked, kDown>, blocks, dim3(32 * kBlock), 0, stream,
                p);
 }

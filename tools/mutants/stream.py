@@ -59,7 +59,6 @@ add("w[1] += kRingSize * kBits<W> / 8;", "")
 add("for (int i = 0; i < NT; ++i) x[i] += kRingSize;", "for (int i = 0; i < NT; ++i) x[i] += 0;")
 add("const bool more = base + 2 * kRingSize <= end;", "const bool more = base + 3 * kRingSize <= end;")
 add("const bool more = base + 2 * kRingSize <= end;", "const bool more = true;")
-add("for (; base + kRingSize <= end; advance())", "for (; base + kRingSize < end; advance())")
 add("if (base + slot * kChunk<W> < end) consume", "if (base + (slot + 1) * kChunk<W> < end) consume")
 add("if (base + slot * kChunk<W> < end) fetch", "if (slot == 0) fetch")
 
@@ -74,7 +73,6 @@ add(
     "if (first + slot + kRing < chunks) fetch(slot, first + slot + kRing);",
     "if (first + slot + kRing < chunks) fetch(slot, first + kRing);",
 )
-add("if (first + slot >= chunks) break;", "if (first + slot > chunks) break;")
 add("total += __shfl_xor_sync(kAll, total, 2);", "")
 add("if (row / 2 == t) sum[0]", "if (row / 4 == t / 2) sum[0]")
 
