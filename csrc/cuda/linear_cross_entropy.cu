@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(gemm::kThreads) logits_kernel(Forward p) {
     }
     if (row + m >= p.rows) return;
     const int64_t target = target_of(p, row + m), at = target - c;
-    if (at < 0 || at >= (count < 40 ? count : 40)) return;
+    if (static_cast<uint64_t>(at) >= 40) return;  // nearly always
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (at == i) static_cast<A*>(p.wanted)[row + m] = left[i];

@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(gemm::kThreads) probabilities_kernel(Backward 
     if (target < 0 || target >= p.vocab) scale = A(NAN);  // nobody can refuse it
     const auto run = [&](int64_t c, A(&values)[8]) {
       const int64_t count = p.columns - c, at = target - p.first - c;
-      if (count <= 0) return;
       A wanted = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -83,38 +82,36 @@ __global__ void __launch_bounds__(gemm::kThreads) probabilities_kernel(Backward 
   });
 }
 
-// Eight sums, 16-byte aligned and all there beside tensor cores.
+// Up to eight of the sums between pieces: beside tensor cores 16-byte aligned and all there, else
+// of the type of p.
 template <class G, class A>
 SIMT_FN void add_sums(const Backward& p, int64_t at, int64_t count, A (&run)[8]) {
-  const A* sums = static_cast<const A*>(p.sums) + at;
   if constexpr (sizeof(typename G::Element) == 2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Pack<A, 4> pack = load_pack<4>(sums, half, 1);
+      const Pack<A, 4> pack = load_pack<4>(static_cast<const A*>(p.sums) + at, half, 1);
 #pragma unroll
       for (int i = 0; i < 4; ++i) run[half * 4 + i] += pack.v[i];
     }
   } else {
+    A before[8];
+    G::load_run(p.inner, p.sums, at, count, before);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) run[i] += i < count ? sums[i] : A(0);
+    for (int i = 0; i < 8; ++i) run[i] += before[i];
   }
 }
 template <class G, class A>
 SIMT_FN void store_sums(const Backward& p, int64_t at, int64_t count, const A (&run)[8]) {
-  A* sums = static_cast<A*>(p.sums) + at;
   if constexpr (sizeof(typename G::Element) == 2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Pack<A, 4> pack;
 #pragma unroll
       for (int i = 0; i < 4; ++i) pack.v[i] = run[half * 4 + i];
-      store_pack(sums, half, pack);
+      store_pack(static_cast<A*>(p.sums) + at, half, pack);
     }
   } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < count) sums[i] = run[i];
-    }
+    G::store_run(p.inner, p.sums, at, count, run);
   }
 }
 
