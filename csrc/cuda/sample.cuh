@@ -24,8 +24,11 @@
 
 namespace synergen::cuda {
 
-constexpr int kSampleThreads = 512;  // of a block that samples
-constexpr int kSampleEach = 8;  // neighbouring tokens a thread takes: 16 bytes of 16-bit logits
+// A thread takes 8 neighbours, 16 bytes of 16-bit logits. A tile of 4,096 makes 8 blocks of a row
+// of 32,768 tokens, 128 of 16 rows, for the 132 multiprocessors of an H100, where the 39 operations
+// in double of each mass then take 2,500 cycles: the whole row on one would take 20,000.
+constexpr int kSampleThreads = 512;
+constexpr int kSampleEach = 8;
 constexpr int kSampleTile = kSampleThreads * kSampleEach;
 // Four bins a thread. The sign, the exponent and 2 bits of the mantissa of a float: about 20 bins
 // hold all of a bell curve. Selection in 32-bit keys takes three passes.

@@ -1,9 +1,10 @@
 // sample_tokens on the GPU: as many blocks to a row as fit the GPU at once, one a tile of 4,096
 // tokens at most. The steps are those of sample.cuh.
 //
-// One launch. Between scan and weigh the grid waits for itself, a cooperative launch, which needs
-// no counter that somebody has set to zero before; draw belongs to the row's last block. With one
-// block a row nobody waits.
+// One launch. Between scan and weigh the grid waits for itself, a cooperative launch: about 1.5 us,
+// where a second launch is 1.3 in a graph and 3 outside, and a barrier of the row's blocks alone
+// would need counters that a launch before has set to zero. draw belongs to the row's last block.
+// With one block a row nobody waits.
 #include "cuda/sample.cuh"
 #include "kernels.h"
 
@@ -19,6 +20,8 @@ struct SampleLaunch {
   int bits;
 };
 
+// 128 registers, one block to a multiprocessor: at 64 the keys that stay in registers and four
+// masses at a time would spill.
 template <class T, int N>
 __global__ void __launch_bounds__(kSampleThreads, 1)
     sample_tokens_kernel(SampleLaunch<KeyOf<Acc<T>>> launch) {
