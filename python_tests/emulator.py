@@ -14,6 +14,8 @@ import pybind11
 import torch
 from torch import Tensor
 
+import synergen_ext.ops  # noqa: F401  (torch.ops.synergen)
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "simt"
 

@@ -23,8 +23,15 @@ def sample_args(rows, vocab, dtype=torch.float32, seed=0, grid=0.0, **options):
     )  # fmt: skip
 
 
+def every_way():
+    """Rows with temperature 0, without filters, with both, and with top-p alone, in three tiles and blocks each."""
+    options = dict(temperature=[0.0, 1.0, 0.7, 1.0], top_k=[0, 0, 5000, 0], top_p=[1.0, 1.0, 0.8, 0.6])
+    tensors = {k: torch.tensor(v, dtype=None if k == "top_k" else torch.float64) for k, v in options.items()}
+    return sample_args(4, 9001, torch.bfloat16, grid=0.5, **tensors)
+
+
 #: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
-SMALL = {"sample_tokens": lambda: sample_args(3, 300, torch.bfloat16, grid=0.5, top_k=200, top_p=0.8)}
+SMALL = {"sample_tokens": every_way}
 
 
 def sanitized():
@@ -32,6 +39,7 @@ def sanitized():
     for dtype in DTYPES:
         for vocab in (1, 9, 40):
             yield "sample_tokens", sample_args(2, vocab, dtype, top_k=7, top_p=0.7)
+        yield "sample_tokens", sample_args(1, 4099, dtype)
 
 
 def check_same_ids(emulated, *args):
@@ -65,11 +73,72 @@ def test_sample_tokens_minus_zero_is_zero(emulated, dtype):
 
 
 def test_sample_tokens_argmax_takes_the_first_of_equals(emulated):
-    logits = torch.zeros(2, 3000)
-    logits[0, [900, 1924, 2948]] = logits[1, [2999, 1975, 951]] = 4.0  # 1,024 apart: one thread sees all three
-    ids, _ = check_same_ids(emulated, logits, torch.arange(2), torch.tensor(0), None, None, torch.tensor(0.0).double(),
+    """In one thread, in several threads, tiles and blocks."""
+    logits = torch.zeros(3, 9001)
+    logits[0, [900, 903, 5000, 8999]] = logits[1, [8999, 5000, 4096]] = logits[2, [8500, 8200]] = 4.0
+    ids, _ = check_same_ids(emulated, logits, torch.arange(3), torch.tensor(0), None, None, torch.tensor(0.0).double(),
                             None, None)  # fmt: skip
-    assert ids.tolist() == [900, 951]
+    assert ids.tolist() == [900, 4096, 8200]
+
+
+@pytest.mark.parametrize("vocab", [4096, 4097, 9001, 20001])
+def test_sample_tokens_in_several_blocks_a_row(emulated, vocab, dtype):
+    """The emulator holds 12 blocks: 2 and 3 rows are cut into parts of a tile or two, 7 rows are whole."""
+
+    def check(rows, seed, **options):
+        check_same_ids(emulated, *sample_args(rows, vocab, dtype, seed, **options))
+
+    uncond = normal(3, vocab, dtype=dtype, seed=9)
+    check(2, 1)
+    check(7, 2, temperature=0.7)
+    check(3, 3, top_k=2048, top_p=0.9, uncond_logits=uncond, guidance=3.0)
+    check(2, 4, top_p=0.6)
+    check(3, 5, top_k=vocab // 2, grid=0.5, uncond_logits=laid_out(uncond, "stepped"), guidance=-1.5)
+    check(7, 6, top_k=3000, top_p=0.97, grid=1.0)
+
+
+def test_sample_tokens_filters_that_end_in_the_same_logit(emulated, dtype):
+    """All equal: top-k ends at an id, and top-p at a smaller one or where top-k did."""
+    for vocab, k in ((700, 300), (9001, 5000)):
+        logits = torch.zeros(1, vocab, dtype=dtype).expand(24, -1)
+        seeds, position = torch.arange(24), torch.tensor(5)
+        for p in (0.0, 0.3, 0.999999, 1.0):
+            share = torch.tensor(p, dtype=torch.float64)
+            ids, _ = check_same_ids(emulated, logits, seeds, position, None, None, None, torch.tensor(k), share)
+            assert ids.max() < max(k * p, 1) and (p < 0.3 or ids.max() > k * p * 0.7)
+
+
+def test_sample_tokens_far_below_the_largest(emulated):
+    """Logits of many sizes and signs, so that selection goes through every digit of the key."""
+    logits = normal(6, 5000, dtype=torch.float64)
+    logits = logits.sign() * 10 ** (4 * normal(6, 5000, dtype=torch.float64, seed=1))
+    for dtype in (torch.float64, torch.float32):
+        for k in (1, 2, 700, 2500, 4999, 5000, 5001):
+            args = list(sample_args(6, 5000, dtype, seed=k, temperature=30.0, top_k=k, top_p=0.9999))
+            args[0] = logits.to(dtype)
+            check_same_ids(emulated, *args)
+
+
+def test_sample_tokens_in_more_tiles_than_warps(emulated):
+    for options in (dict(top_k=30000, top_p=0.9), dict(top_p=0.99), dict()):
+        check_same_ids(emulated, *sample_args(2, 70001, torch.float32, grid=0.25, **options))
+
+
+def test_sample_tokens_masked_on_either_side_of_the_guidance(emulated):
+    logits, uncond = (torch.where(normal(1, 50, seed=s) > 0.5, -torch.inf, normal(1, 50, seed=s + 1)) for s in (1, 3))
+    for guidance in (0.0, 1.0, 3.0, -2.0):
+        args = sample_args(64, 50, uncond_logits=uncond.expand(64, -1), guidance=guidance)
+        check_same_ids(emulated, logits.expand(64, -1), *args[1:])
+
+
+def test_sample_tokens_finds_what_is_wrong_in_any_block(emulated):
+    logits = normal(4, 9001)
+    logits[0, 9000], logits[1, 4096], logits[2, :8999] = torch.nan, torch.inf, -torch.inf
+    ids, valid = check_same_ids(emulated, logits, torch.arange(4), torch.tensor(0), *[None] * 5)
+    assert valid.tolist() == [False, False, True, True] and ids[2] >= 8999
+    two = torch.tensor(2.0).double()
+    _, valid = check_same_ids(emulated, logits, torch.arange(4), torch.tensor(0), logits, two, *[None] * 3)
+    assert valid.tolist() == [False, False, True, True]  # infinity minus itself
 
 
 def test_sample_tokens_rounds_guidance_as_the_cpu_does(emulated):
@@ -117,7 +186,7 @@ def test_sample_tokens_rows_without_an_answer(emulated):
 
 def test_sample_tokens_refuses_rows_whose_options_cannot_be_meant(emulated):
     """The CPU kernel's caller gets an error; on a GPU nobody has looked before, so the row is invalid."""
-    wrong = dict(guidance=torch.nan, temperature=-1.0, top_k=-1, top_p=1.5)
-    for name, value in wrong.items():
+    wrong = [("guidance", torch.nan), ("temperature", -1.0), ("temperature", torch.inf), ("top_k", -1), ("top_p", 1.5)]
+    for name, value in wrong:
         ids, valid = emulated.sample_tokens(*sample_args(2, 20, **{name: value}))
         assert ids.tolist() == [0, 0] and valid.tolist() == [False, False], name

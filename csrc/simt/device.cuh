@@ -187,6 +187,21 @@ void launch(const char* op, void (*kernel)(P), dim3 grid, dim3 block, size_t dyn
   cuda::check_launch(op);
 }
 
+// How many blocks of a kernel the GPU holds at once: as many as a cooperative launch may have.
+template <class P>
+int64_t resident_blocks(const char* op, void (*kernel)(P), dim3 block,
+                        size_t dynamic_shared_bytes) {
+  allow_shared(op, kernel, dynamic_shared_bytes);
+  int device = 0, each = 0, multiprocessors = 0;
+  cuda::check(cudaGetDevice(&device), op);
+  cuda::check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), op);
+  cuda::check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                  &each, reinterpret_cast<const void*>(kernel),
+                  static_cast<int>(block.x * block.y * block.z), dynamic_shared_bytes),
+              op);
+  return int64_t{each} * multiprocessors;
+}
+
 // All blocks are resident at once, so that grid_sync works; CUDA refuses a grid too large for that.
 template <class P>
 void launch_cooperative(const char* op, void (*kernel)(P), dim3 grid, dim3 block,
