@@ -52,7 +52,7 @@ def test_formats(emulated, bits, one, other, dtype):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 33, 64, 65])
 def test_rows(emulated, tokens, bits):
-    """Every number of tiles of 8 rows; beyond 8 rows the depth is split over blocks; beyond 64 pairs there are chunks."""
+    """Every number of tiles of 8 rows; beyond 8 rows the depth is split over blocks; beyond 16 there are chunks."""
     check(emulated, *inputs(tokens, 64, 576, 1, dtype=torch.bfloat16, bits=bits))
     check(emulated, *inputs(min(tokens, 17), 64, 64, 2, bits=bits))
 

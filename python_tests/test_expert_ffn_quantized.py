@@ -1,5 +1,5 @@
-"""expert_ffn_quantized: values against float64 of the same integers and scales, what quantising keeps, routing, odd sizes,
-layouts, errors, torch.compile."""
+"""expert_ffn_quantized: values against float64 of the same integers and scales, what quantising keeps, routing, odd
+sizes, layouts, errors, torch.compile."""
 
 import pytest
 import torch

@@ -274,7 +274,7 @@ Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
   // Each expert with rows leaves at most high - 1 rows of a tile empty.
   e.tiles = (e.pairs + (p.experts < e.pairs ? p.experts : e.pairs) * (high - 1)) / high;
   if (p.experts == 0) e.tiles = 0;
-  e.count_tiles = ceil_div(e.pairs, kCountTile);
+  e.count_tiles = e.pairs > 0 ? ceil_div(e.pairs, kCountTile) : 1;  // no pairs are counted too
   return e;
 }
 
@@ -286,11 +286,11 @@ void carve_routing(Carver& carver, int64_t experts, Experts& e) {
 }
 
 void route(const char* op, const Forward& p, void* stream) {
-  const dim3 tiles = blocks_for(op, p.pairs, kCountTile);
+  const dim3 tiles = blocks_for(op, p.count_tiles, 1);
   const size_t counters = static_cast<size_t>(p.experts) * 4;
-  if (p.pairs > 0) simt::launch(op, count_pairs_kernel, tiles, dim3(32), counters, stream, p);
+  simt::launch(op, count_pairs_kernel, tiles, dim3(32), counters, stream, p);
   simt::launch(op, scan_counts_kernel, dim3(1), dim3(1024), 0, stream, p);
-  if (p.pairs > 0) simt::launch(op, scatter_pairs_kernel, tiles, dim3(32), counters, stream, p);
+  simt::launch(op, scatter_pairs_kernel, tiles, dim3(32), counters, stream, p);
   simt::launch(op, list_tiles_kernel, dim3(1), dim3(1024), 0, stream, p);
 }
 

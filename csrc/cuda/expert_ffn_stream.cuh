@@ -1,13 +1,20 @@
 // expert_ffn for few pairs of token and expert: weights stream from memory once, two launches, no
-// sort. A launch takes 64 pairs (8 where it cannot use tensor cores) to a block; more pairs are
-// more such chunks, each of which reads the weights again.
+// sort. A block takes a chunk of at most 32 pairs (16 with 4-bit weights, 8 without tensor cores)
+// and those of them that have one expert; further chunks read the weights again, mostly from the
+// second cache.
 //
 //   hidden[pair] = silu(gate[e] x) * (up[e] x)   a warp has 8 columns: 8 rows of gate, 8 of up
 //   y[t] = sum_j weight_tj down[e] hidden[pair]  a warp has 16 columns
 //
 // D = 2048, F = 8192: 1024 and 128 tiles. With 2 and 16 warps to a tile, each with its part of the
 // depth, both launches are 128 blocks of 16 warps: one wave on 132 multiprocessors, no tail; and 64
-// KB under way on each, 3.5 times what an H100 wants.
+// KB under way on each, 3.5 times what an H100 wants, so 128 draw its whole bandwidth.
+//
+// Static bound on an H100, one expert, up to 8 pairs. A launch costs 1.3 us in a graph, 0.3 to read
+// the index, 0.7 until the first weights arrive, 0.3 to join and write:
+//   bf16           100.7 MB, 30.0 us + 5.2 = 35.2: 1.17 of the bytes' time
+//   int8, rows     50.3 MB, 15.0 + 5.2 = 20.2: 1.35
+//   int4, 64       26.7 MB, 8.0 + 5.2 = 13.2: 1.65; issue slots 0.71 of those of 8.0 us
 //
 // Every block reads the activations of its part of the depth, from the second cache. Where all
 // warps of a block share 16 columns that is rows / 16 of its bytes of weights in bfloat16: little
@@ -35,8 +42,8 @@ struct FfnLaunch {
   int k;
   Matrix low, high;  // gate and up, or down and down
   int group_log2;    // as in Operands
-  const void* x;     // [pairs / share, k]
-  int64_t share, x_strides[2];
+  const void* x;     // [tokens, k]; for down [pairs, k]
+  int64_t x_strides[2];
   const int64_t* index;  // [tokens, top_k]; a negative one makes NaN
   int64_t index_strides[2];
   const void* weight;  // [tokens, top_k], or null
@@ -51,59 +58,47 @@ struct FfnLaunch {
 constexpr int kMostPairs = 64;
 
 template <class T, class W, int NT>
-constexpr int kWarps = kTensor<T, W> && NT <= 2 ? 16 : 8;  // so many that 128 or 255 registers do
-template <class T, class W>
-constexpr int kPairs = kTensor<T, W> ? kMostPairs : 8;  // of a chunk
+constexpr int kWarps =  // so many that 128 or 255 registers do
+    kTensor<T, W> && NT <= (std::is_same_v<W, Nibbles> ? 1 : 2) ? 16 : 8;
+template <class T, class W, bool kPacked>
+constexpr int kPairs = kPacked ? 8 * kMostTiles<T, W> : 8;  // of a chunk
 
-// The pairs of one expert among a chunk of pairs, in rising order.
+// The pairs of one expert among a chunk of at most 32.
 struct Routed {
-  int64_t expert;  // -1: the chunk has fewer experts
-  int rows;
-  uint64_t nobody;  // pairs without an expert
+  int64_t expert;
+  unsigned pairs;   // a bit each; none: the chunk has fewer experts
+  unsigned nobody;  // pairs without an expert
 };
 
 SIMT_FN int64_t index_of(const FfnLaunch& p, int64_t pair) {
   return p.index[pair / p.top_k * p.index_strides[0] + pair % p.top_k * p.index_strides[1]];
 }
 
-// The expert that is number `slot` by first appearance, and the places of its pairs. Every warp
-// finds them for itself: two loads and some votes.
-template <int kChunkPairs>
-SIMT_FN Routed route(const FfnLaunch& p, int64_t first, int slot, uint8_t* order) {
+// The expert that is number `slot` by first appearance. Every warp finds it for itself: a load,
+// which all blocks find in the second cache, and some votes.
+SIMT_FN Routed route(const FfnLaunch& p, int64_t first, int chunk_pairs, int slot) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  int64_t expert[2] = {-1, -1};
-  Routed found{-1, 0, 0};
-  unsigned left[2], chosen[2] = {0, 0};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t pair = first + 32 * h + lane;
-    const bool is_pair = 32 * h + lane < kChunkPairs && pair < p.pairs;
-    if (is_pair) {
-      expert[h] = index_of(p, pair);
-      if (expert[h] < 0 || expert[h] >= p.experts) expert[h] = -1;
-    }
-    left[h] = __ballot_sync(kAll, expert[h] >= 0);
-    found.nobody |= uint64_t{__ballot_sync(kAll, is_pair && expert[h] < 0)} << 32 * h;
-  }
+  const bool is_pair = lane < chunk_pairs && first + lane < p.pairs;
+  int64_t expert = is_pair ? index_of(p, first + lane) : -1;
+  if (expert >= p.experts) expert = -1;
+  unsigned left = __ballot_sync(kAll, expert >= 0);
+  Routed routed{0, 0, __ballot_sync(kAll, is_pair && expert < 0)};
   for (int s = 0; s <= slot; ++s) {
-    if ((left[0] | left[1]) == 0) return found;
-    const int h = left[0] != 0 ? 0 : 1;
-    const int lead = __ffs(static_cast<int>(h == 0 ? left[0] : left[1])) - 1;
-    found.expert = __shfl_sync(kAll, h == 0 ? expert[0] : expert[1], lead);
-    chosen[0] = __ballot_sync(kAll, expert[0] == found.expert);
-    chosen[1] = __ballot_sync(kAll, expert[1] == found.expert);
-    left[0] &= ~chosen[0];
-    left[1] &= ~chosen[1];
-    if (s < slot) found.expert = -1;
+    if (left == 0) return {0, 0, routed.nobody};
+    routed.expert = __shfl_sync(kAll, expert, __ffs(static_cast<int>(left)) - 1);
+    routed.pairs = __ballot_sync(kAll, expert == routed.expert);
+    left &= ~routed.pairs;
   }
-  found.rows = __popc(chosen[0]) + __popc(chosen[1]);
-  const unsigned below = (1u << lane) - 1;
-  if (expert[0] == found.expert) order[__popc(chosen[0] & below)] = static_cast<uint8_t>(lane);
-  if (expert[1] == found.expert) {
-    order[__popc(chosen[0]) + __popc(chosen[1] & below)] = static_cast<uint8_t>(32 + lane);
-  }
-  __syncwarp();
-  return found;
+  return routed;
+}
+
+// The routing weight of a pair, where there are any.
+template <class A, class T>
+SIMT_FN A weight_of(const FfnLaunch& p, int64_t pair) {
+  if (p.weight == nullptr) return 1;
+  const int64_t at = pair / p.top_k * p.weight_strides[0] + pair % p.top_k * p.weight_strides[1];
+  if (p.weight_is_float) return static_cast<A>(static_cast<const float*>(p.weight)[at]);
+  return static_cast<A>(simt::widen(static_cast<const T*>(p.weight)[at]));
 }
 
 template <class T, class W>
@@ -118,25 +113,35 @@ SIMT_FN void point(const Matrix& m, int64_t expert, int64_t column, const W*& w,
 // T: of x; Out: of `out`, and of the routing weights where they are not float. kDown: the second of
 // the two.
 template <class T, class W, class Out, int NT, bool kPacked, bool kDown>
-__global__ void __launch_bounds__((32 * kWarps<T, W, NT>)) ffn_kernel(FfnLaunch p) {
+__global__ void __launch_bounds__((32 * kWarps<T, W, NT>), 1) ffn_kernel(FfnLaunch p) {
   using A = Acc<T>;
   constexpr int kColumns = kDown ? 16 : 8, kBlock = kWarps<T, W, NT>;
+  constexpr int kChunkPairs = kPairs<T, W, kPacked>;
   SIMT_SHARED(A, sums, [kBlock * NT * 4 * 32]);
-  SIMT_SHARED(uint8_t, orders, [kBlock][kMostPairs]);
+  SIMT_SHARED(uint8_t, orders, [kBlock][32]);
+  SIMT_SHARED(A, factors, [kDown ? kBlock : 1][32]);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int g = lane / 4, t = lane % 4;
   const int slot = static_cast<int>(blockIdx.y) / p.slices;
   const int slice = static_cast<int>(blockIdx.y) % p.slices;
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * (kBlock / p.split) + warp / p.split;
   const int64_t column = tile * kColumns + g;  // and column + 8 where kDown
-  const int64_t chunks = ceil_div(p.pairs, kPairs<T, W>);
+  uint8_t* order = orders[warp];               // the place in the chunk of each row
+  A* factor = factors[kDown ? warp : 0];
+  const int64_t chunks = ceil_div(p.pairs, kChunkPairs);
   for (int64_t chunk = blockIdx.z; chunk < chunks; chunk += gridDim.z) {
-    const int64_t first = chunk * kPairs<T, W>;
-    uint8_t* order = orders[warp];
-    __syncthreads();  // the last chunk's order and sums are read
-    const Routed routed = route<kPairs<T, W>>(p, first, slot, order);
+    const int64_t first = chunk * kChunkPairs;
+    __syncthreads();  // the last chunk's order, factors and sums are read
+    const Routed routed = route(p, first, kChunkPairs, slot);
+    const int rows = __popc(routed.pairs);
+    if ((routed.pairs >> lane & 1) != 0) {
+      const int row = __popc(routed.pairs & ((1u << lane) - 1));
+      order[row] = static_cast<uint8_t>(lane);
+      if constexpr (kDown) factor[row] = weight_of<A, Out>(p, first + lane);
+    }
+    __syncwarp();
     A sum[NT][4] = {};
-    if (routed.rows > 0 && tile * kColumns < p.columns) {
+    if (rows > 0 && tile * kColumns < p.columns) {
       Operands<T, W, NT> in{};
       in.k = p.k;
       in.x_step = p.x_strides[1];
@@ -147,13 +152,13 @@ __global__ void __launch_bounds__((32 * kWarps<T, W, NT>)) ffn_kernel(FfnLaunch 
       in.group_log2 = p.group_log2;
 #pragma unroll
       for (int i = 0; i < NT; ++i) {
-        const int row = min(8 * i + g, routed.rows - 1);
-        in.x[i] = static_cast<const T*>(p.x) + (first + order[row]) / p.share * p.x_strides[0];
+        const int row = min(8 * i + g, rows - 1);
+        const int64_t pair = first + order[row];
+        in.x[i] = static_cast<const T*>(p.x) + (kDown ? pair : pair / p.top_k) * p.x_strides[0];
       }
-      point(p.low, routed.expert, column, in.w[0], in.scale[0]);
-      point(p.high, routed.expert, column + (kDown ? 8 : 0), in.w[1], in.scale[1]);
-      if (column >= p.columns) in.w[0] = nullptr;
-      if (column + (kDown ? 8 : 0) >= p.columns) in.w[1] = nullptr;
+      const int64_t last = p.columns - 1;
+      point(p.low, routed.expert, min(column, last), in.w[0], in.scale[0]);
+      point(p.high, routed.expert, min(column + (kDown ? 8 : 0), last), in.w[1], in.scale[1]);
       const int64_t parts = static_cast<int64_t>(p.slices) * p.split;
       const int64_t part = static_cast<int64_t>(slice) * p.split + warp % p.split;
       multiply<kPacked>(in, part_begin<W>(p.k, part, parts), part_begin<W>(p.k, part + 1, parts),
@@ -162,7 +167,7 @@ __global__ void __launch_bounds__((32 * kWarps<T, W, NT>)) ffn_kernel(FfnLaunch 
     join(sum, p.split, sums);
     if (warp % p.split != 0) continue;
     if (kDown && slot == 0 && p.part == nullptr) {
-      for (int i = 0; i < kPairs<T, W>; ++i) {
+      for (int i = 0; i < kChunkPairs; ++i) {
         const int64_t c = tile * kColumns + lane;
         if ((routed.nobody >> i & 1) == 0 || lane >= kColumns || c >= p.columns) continue;
         const bool refused = index_of(p, first + i) < 0;
@@ -175,7 +180,7 @@ __global__ void __launch_bounds__((32 * kWarps<T, W, NT>)) ffn_kernel(FfnLaunch 
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         const int row = 8 * i + 2 * t + b;
-        if (row >= routed.rows) continue;
+        if (row >= rows) continue;
         const int64_t pair = first + order[row];
         if constexpr (!kDown) {
           const A gate = sum[i][b], up = sum[i][2 + b];
@@ -184,19 +189,11 @@ __global__ void __launch_bounds__((32 * kWarps<T, W, NT>)) ffn_kernel(FfnLaunch 
                 simt::narrow<Out>(gate / (1 + std::exp(-gate)) * up);
           }
         } else {
-          A scale = 1;
-          if (p.weight != nullptr) {
-            const int64_t at =
-                pair / p.top_k * p.weight_strides[0] + pair % p.top_k * p.weight_strides[1];
-            scale = p.weight_is_float
-                        ? static_cast<A>(static_cast<const float*>(p.weight)[at])
-                        : static_cast<A>(simt::widen(static_cast<const Out*>(p.weight)[at]));
-          }
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int64_t c = column + 8 * h;
             if (c >= p.columns) continue;
-            const A value = sum[i][2 * h + b] * scale;
+            const A value = sum[i][2 * h + b] * factor[row];
             if (p.part == nullptr) {
               static_cast<Out*>(p.out)[pair * p.columns + c] = simt::narrow<Out>(value);
             } else {
@@ -270,8 +267,8 @@ void launch_tiles(const char* op, FfnLaunch& p, void* stream) {
   const int64_t tiles = ceil_div(p.columns, kDown ? 16 : 8);
   const int parts = warps_to_a_tile<W>(tiles, p.k, kBlock);
   p.split = parts / p.slices > 1 ? parts / p.slices : 1;
-  const int64_t chunks = ceil_div(p.pairs, kPairs<T, W>);
-  const int64_t most = p.pairs < kPairs<T, W> ? p.pairs : kPairs<T, W>;
+  const int64_t chunks = ceil_div(p.pairs, kPairs<T, W, kPacked>);
+  const int64_t most = p.pairs < kPairs<T, W, kPacked> ? p.pairs : kPairs<T, W, kPacked>;
   const int64_t slots = p.experts < most ? p.experts : most;
   dim3 blocks = blocks_for(op, tiles * p.split, kBlock);
   blocks.y = static_cast<unsigned>(slots * p.slices);
@@ -286,15 +283,13 @@ void launch_rows(const char* op, FfnLaunch& p, bool packed, void* stream) {
     packed ? launch_tiles<T, W, Out, kDown, 1, true>(op, p, stream)
            : launch_tiles<T, W, Out, kDown, 1, false>(op, p, stream);
   } else if (!packed) {
-    launch_tiles<T, W, Out, kDown, 8, false>(op, p, stream);
+    launch_tiles<T, W, Out, kDown, 1, false>(op, p, stream);
   } else if (p.pairs <= 8) {
     launch_tiles<T, W, Out, kDown, 1, true>(op, p, stream);
-  } else if (p.pairs <= 16) {
+  } else if (p.pairs <= 16 || kMostTiles<T, W> == 2) {
     launch_tiles<T, W, Out, kDown, 2, true>(op, p, stream);
-  } else if (p.pairs <= 32) {
+  } else if constexpr (kMostTiles<T, W> == 4) {
     launch_tiles<T, W, Out, kDown, 4, true>(op, p, stream);
-  } else {
-    launch_tiles<T, W, Out, kDown, 8, true>(op, p, stream);
   }
 }
 
@@ -347,7 +342,6 @@ void launch_ffn(const char* op, const ExpertFfnParams& p, const Matrix& gate, co
   q.k = static_cast<int>(p.dim);
   q.columns = p.hidden;
   q.x = p.x;
-  q.share = p.top_k;
   q.out = scratch;
   launch_rows<T, W, H, false>(op, q, packs_all<T, W>(q), stream);
 
@@ -356,7 +350,6 @@ void launch_ffn(const char* op, const ExpertFfnParams& p, const Matrix& gate, co
   q.k = static_cast<int>(p.hidden);
   q.columns = p.dim;
   q.x = scratch;
-  q.share = 1;
   q.x_strides[0] = p.hidden;
   q.x_strides[1] = 1;
   q.out = p.y;

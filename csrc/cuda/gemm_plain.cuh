@@ -8,6 +8,8 @@
 // x 2 + 1) = 72 cycles of shared memory for 128 (H100) or 256 cycles (A100) of arithmetic.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/gemm.cuh"
 
 namespace synergen::cuda::gemm {
@@ -189,7 +191,10 @@ struct PlainFma {
         for (int chunk = 0; chunk < 4; ++chunk) {
           const Pack<A, 4> r = load_pack<4>(right + k * kRight + chunk * 64, 0, 1);
 #pragma unroll
-          for (int i = 0; i < 16; ++i) sums.d[i / 4][chunk * 4 + i % 4] += l.v[i / 4] * r.v[i % 4];
+          for (int i = 0; i < 16; ++i) {
+            A& sum = sums.d[i / 4][chunk * 4 + i % 4];
+            sum = std::fma(l.v[i / 4], r.v[i % 4], sum);
+          }
         }
       }
       if (tile + 1 < tiles) put(tile + 1);

@@ -22,11 +22,10 @@
 //
 // Why tensor cores from one row on. H100: 3.35 TB/s / 132 multiprocessors / 1.75 GHz = 14.5 bytes a
 // cycle, so 1 KiB, what a warp reads with two loads, passes in 71 cycles = 283 issue slots. Weights
-// in bfloat16, R rows: FMA takes 16 conversions + 16 R products a KiB: 32 slots at R = 1, 144 at 8,
-// 272 at
-// 16. mma takes 2 loads, 1 load of activations and 2 mma for 8 rows and about 3 for addresses: 8,
-// and at 64 rows 29; the 16 mma then keep the tensor cores busy for 16 x 2 of the 71 cycles.
-// Others:
+// in bfloat16, R rows: FMA takes 16 conversions and 16 R products a KiB: 32 slots at R = 1, 144 at
+// 8, 272 at 16. mma takes 18.5 as compiled up to 8 rows: 3 loads, 2 mma, 11 moves that bring
+// registers together; 8-bit weights take 106 and 4-bit ones, in groups of 32, 201. 32 rows take 8
+// mma, 16 of the 71 cycles of the tensor cores. Others:
 //
 //            | bytes / cycle / SM | slots a KiB | FMA crossover in bf16 | bytes in flight wanted /
 //            SM
@@ -62,16 +61,20 @@ constexpr int kChunk = 4 * kEach<W>;  // which the four lanes of a row read toge
 template <class T, class W>
 constexpr bool kTensor = sizeof(T) == 2 && !std::is_same_v<W, float>;
 
-// Chunks under way: 4, or as many as the registers of 64 rows leave.
-template <class W, int NT>
-constexpr int kRing = std::is_same_v<W, Nibbles> && NT == 8 ? 2 : 4;
+constexpr int kRing = 4;  // chunks under way
+// The most tiles of 8 rows that a thread's 255 registers hold; more rows are more passes. 4-bit
+// weights take sums since the last scale besides the totals, and registers to unpack.
+template <class T, class W>
+constexpr int kMostTiles = !kTensor<T, W>               ? 1
+                           : std::is_same_v<W, Nibbles> ? 2
+                                                        : 4;
 constexpr unsigned kAll = 0xffffffffu;
 
 template <class T, class W, int NT>
 struct Operands {
   int k;              // elements of a row, of weights and activations
   const T* x[NT];     // rows g, 8 + g, ...; each must be readable, its product need not be wanted
-  const W* w[2];      // two rows, or null: their sums stay as they are
+  const W* w[2];      // two rows; again readable, wanted or not
   const T* scale[2];  // quantised weights: of each group of the row
   int group_log2;  // a group is a power of two of at least 32 elements (64 for int8_t), or, where
                    // this is 31, the row
@@ -80,25 +83,22 @@ struct Operands {
 };
 
 // Packed rows begin at 16 bytes and hold whole accesses of 16 bytes, weights and activations; their
-// elements and scales are neighbours.
-template <class W, bool kPacked>
-SIMT_FN simt::Words load_weights(const W* row, int64_t step, int at, int end) {
-  simt::Words words{};
-  if (at >= end) return words;
-  if constexpr (kPacked) {
-    words = simt::load16_once(reinterpret_cast<const char*>(row) +
-                              static_cast<int64_t>(at) * kBits<W> / 8);
-  } else {
-    constexpr int kStored = 16 / static_cast<int>(sizeof(W));
-    const int64_t first = static_cast<int64_t>(at) * kStored / kEach<W>;
-    const int64_t last = static_cast<int64_t>(end) * kStored / kEach<W>;
-    Pack<W, kStored> pack{};
+// elements and scales are neighbours. Rows that are not packed are read one stored element at a
+// time.
+
+// 16 bytes that begin with element `at` of a row; zeros from `end` on.
+template <class W>
+SIMT_FN simt::Words gather_weights(const W* row, int64_t step, int at, int end) {
+  constexpr int kStored = 16 / static_cast<int>(sizeof(W));
+  const int64_t first = static_cast<int64_t>(at) * kStored / kEach<W>;
+  const int64_t last = static_cast<int64_t>(end) * kStored / kEach<W>;
+  Pack<W, kStored> pack{};
 #pragma unroll
-    for (int i = 0; i < kStored; ++i) {
-      if (first + i < last) pack.v[i] = row[(first + i) * step];
-    }
-    memcpy(&words, &pack, sizeof(words));
+  for (int i = 0; i < kStored; ++i) {
+    if (first + i < last) pack.v[i] = row[(first + i) * step];
   }
+  simt::Words words;
+  memcpy(&words, &pack, sizeof(words));
   return words;
 }
 
@@ -124,7 +124,8 @@ SIMT_FN T load_scale(const Operands<T, W, NT>& in, int h, int at) {
 
 // ---- Tensor cores
 
-// 16-bit integers below 128 (bf16) or 1024 (f16) as the low bits of kMagic are T: kBase + integer.
+// Integers become T without a conversion: as the low bits of 128 (bf16, 7 bits) or 1024 (f16, 10)
+// they are that much more than themselves, which an addition takes away again, exactly.
 template <class T>
 SIMT_FN uint32_t add_pair(uint32_t a, uint32_t b) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -146,7 +147,7 @@ SIMT_FN void eight_of(const simt::Words& words, int step, uint32_t (&pairs)[4]) 
       const uint32_t which = i % 2 == 0 ? 0x4140u : 0x4342u;  // two bytes, each under one of b
       if constexpr (kBf16) {  // 128 + 7 bits, less 128, or 256 where the sign bit is set
         const uint32_t pair = __byte_perm(word, 0x43434343u, which);
-        pairs[i] = add_pair<T>(pair & 0xFF7FFF7Fu, (pair & 0x43804380u) | 0x80008000u);
+        pairs[i] = add_pair<T>(pair & 0xFF7FFF7Fu, simt::and_or(pair, 0x43804380u, 0x80008000u));
       } else {  // 1024 + 128 + the value, less 1152
         pairs[i] = add_pair<T>(__byte_perm(word ^ 0x80808080u, 0x64646464u, which), 0xE480E480u);
       }
@@ -155,7 +156,8 @@ SIMT_FN void eight_of(const simt::Words& words, int step, uint32_t (&pairs)[4]) 
     const uint32_t word = words.v[step];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = (word >> 4 * i & 0x000F000Fu) | (kBf16 ? 0x43004300u : 0x64006400u);
+      const uint32_t pair =
+          simt::and_or(word >> 4 * i, 0x000F000Fu, kBf16 ? 0x43004300u : 0x64006400u);
       pairs[i] = add_pair<T>(pair, kBf16 ? 0xC308C308u : 0xE408E408u);  // less 128 + 8, 1024 + 8
     }
   } else {
@@ -194,23 +196,45 @@ SIMT_FN void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 template <bool kPacked, class T, class W, int NT>
 SIMT_FN void multiply_on_tensor_cores(const Operands<T, W, NT>& in, int begin, int end,
                                       float (&sum)[NT][4]) {
-  constexpr int kSlots = kRing<W, NT>;
-  constexpr int kSteps = kEach<W> / 8;
+  constexpr bool kNibbles = std::is_same_v<W, Nibbles>;
+  constexpr int kSteps = kEach<W> / 8, kSlots = kPacked ? kRing : 1;
+  constexpr int kRingSize = kSlots * kChunk<W>;
+  // A step reads 8 elements of each row: those of the four lanes are 32 neighbours, or, where an
+  // access of 16 bytes holds 16, every second run of 8.
+  constexpr int kStride = kNibbles ? 32 : 8;
   const int lane = static_cast<int>(threadIdx.x % 32), t = lane % 4;
-  const int chunks = static_cast<int>(ceil_div(end - begin, kChunk<W>));
-  const int ends[2] = {in.w[0] != nullptr ? end : begin, in.w[1] != nullptr ? end : begin};
-  const int group_mask = (1u << in.group_log2) - 1;
+  const int own = t * kEach<W>, own_x = kNibbles ? 8 * t : own;
+  const int group_mask = static_cast<int>((1u << in.group_log2) - 1);
   simt::Words ring[kSlots][2];
   T scales[kSlots][2] = {};
   float part[NT][4] = {};  // since the last scale
   float scale[2] = {};
-  const auto fetch = [&](int slot, int chunk) {
-    const int at = begin + chunk * kChunk<W> + t * kEach<W>;
+  // Where this lane reads in the first chunk of the ring: the others are at constant distances.
+  int base = begin;
+  const char* w[2];
+  const T* x[NT];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    w[h] =
+        reinterpret_cast<const char*>(in.w[h]) + static_cast<int64_t>(begin + own) * kBits<W> / 8;
+  }
+#pragma unroll
+  for (int i = 0; i < NT; ++i) x[i] = in.x[i] + begin + own_x;
+
+  // Into slot % kSlots, the chunk that is number `slot` from base on.
+  const auto fetch = [&](auto guarded, int slot) {
+    const int at = base + slot * kChunk<W> + own;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      ring[slot][h] = load_weights<W, kPacked>(in.w[h], in.w_step[h], at, ends[h]);
+      simt::Words words{};
+      if constexpr (!kPacked) {
+        words = gather_weights(in.w[h], in.w_step[h], at, end);
+      } else if (!decltype(guarded)::value || at < end) {
+        words = simt::load16_once(w[h] + slot * kChunk<W> * kBits<W> / 8);
+      }
+      ring[slot % kSlots][h] = words;
       if constexpr (kQuantised<W>) {
-        if (in.w[h] != nullptr) scales[slot][h] = load_scale<kPacked>(in, h, min(at, end - 1));
+        scales[slot % kSlots][h] = load_scale<kPacked>(in, h, min(at, end - 1));
       }
     }
   };
@@ -224,54 +248,81 @@ SIMT_FN void multiply_on_tensor_cores(const Operands<T, W, NT>& in, int begin, i
       }
     }
   };
+  const auto consume = [&](auto guarded, int slot) {
+    if constexpr (kNibbles) {
+      exchange(ring[slot][0], t);
+      exchange(ring[slot][1], t);
+    }
 #pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) {
-    if (slot < chunks) fetch(slot, slot);
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t low[4], high[4];
+      eight_of<T, W>(ring[slot][0], step, low);
+      eight_of<T, W>(ring[slot][1], step, high);
+      // Which element of a run of 16 has which place in the mma does not matter, as long as both
+      // operands agree: a lane's first four values make one, its last four another.
+      const uint32_t a[2][4] = {{low[0], high[0], low[1], high[1]},
+                                {low[2], high[2], low[3], high[3]}};
+      const int offset = slot * kChunk<W> + step * kStride, at = base + own_x + offset;
+#pragma unroll
+      for (int i = 0; i < NT; ++i) {
+        simt::Words b{};
+        if constexpr (!kPacked) {
+          const Pack<T, 8> pack = load_activations<8, false>(in.x[i], in.x_step, at, end);
+          memcpy(&b, &pack, sizeof(b));
+        } else if (!decltype(guarded)::value || at < end) {
+          b = simt::load16(x[i] + offset);
+        }
+        float (&to)[4] = kQuantised<W> ? part[i] : sum[i];
+        mma<T>(to, a[0], b.v[0], b.v[1]);
+        mma<T>(to, a[1], b.v[2], b.v[3]);
+      }
+      if constexpr (kNibbles) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          scale[h] = __shfl_sync(kAll, simt::widen(scales[slot][h]), (lane & ~3) | step);
+        }
+        if (((base + offset + kStride) & group_mask) == 0) flush();
+      }
+    }
+    if constexpr (std::is_same_v<W, int8_t>) {
+      scale[0] = simt::widen(scales[slot][0]);
+      scale[1] = simt::widen(scales[slot][1]);
+      if (((base + (slot + 1) * kChunk<W>)&group_mask) == 0) flush();
+    }
+  };
+  const auto advance = [&] {
+    base += kRingSize;
+    w[0] += kRingSize * kBits<W> / 8;
+    w[1] += kRingSize * kBits<W> / 8;
+#pragma unroll
+    for (int i = 0; i < NT; ++i) x[i] += kRingSize;
+  };
+
+  // Whole rings first. Nothing is guarded there: 2 + NT loads and 2 NT mma to the KiB.
+  if constexpr (kPacked) {
+    if (base + kRingSize <= end) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) fetch(std::false_type{}, slot);
+    }
+#pragma unroll 1
+    for (; base + kRingSize <= end; advance()) {
+      const bool more = base + 2 * kRingSize <= end;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        consume(std::false_type{}, slot);
+        if (more) fetch(std::false_type{}, slot + kSlots);
+      }
+    }
   }
-  for (int first = 0; first < chunks; first += kSlots) {
+#pragma unroll 1
+  for (; base < end; advance()) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if (first + slot >= chunks) break;
-      const int base = begin + (first + slot) * kChunk<W>;
-      if constexpr (std::is_same_v<W, Nibbles>) {
-        exchange(ring[slot][0], t);
-        exchange(ring[slot][1], t);
-      }
+      if (base + slot * kChunk<W> < end) fetch(std::true_type{}, slot);
+    }
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t low[4], high[4];
-        eight_of<T, W>(ring[slot][0], step, low);
-        eight_of<T, W>(ring[slot][1], step, high);
-        const int at =
-            base + (std::is_same_v<W, Nibbles> ? 32 * step + 8 * t : t * kEach<W> + 8 * step);
-        // Which element of a run of 16 has which place in the mma does not matter, as long as both
-        // operands agree: a lane's first four values make one, its last four another.
-        const uint32_t a[2][4] = {{low[0], high[0], low[1], high[1]},
-                                  {low[2], high[2], low[3], high[3]}};
-#pragma unroll
-        for (int i = 0; i < NT; ++i) {
-          const Pack<T, 8> pack = load_activations<8, kPacked>(in.x[i], in.x_step, at, end);
-          uint32_t b[4];
-          memcpy(b, &pack, sizeof(b));
-          float (&to)[4] = kQuantised<W> ? part[i] : sum[i];
-          mma<T>(to, a[0], b[0], b[1]);
-          mma<T>(to, a[1], b[2], b[3]);
-        }
-        if constexpr (std::is_same_v<W, Nibbles>) {
-          const int next = base + 32 * (step + 1);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            scale[h] = __shfl_sync(kAll, simt::widen(scales[slot][h]), (lane & ~3) | step);
-          }
-          if ((next & group_mask) == 0) flush();
-        }
-      }
-      if constexpr (std::is_same_v<W, int8_t>) {
-        scale[0] = simt::widen(scales[slot][0]);
-        scale[1] = simt::widen(scales[slot][1]);
-        if (((base + kChunk<W>)&group_mask) == 0) flush();
-      }
-      if (first + slot + kSlots < chunks) fetch(slot, first + slot + kSlots);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (base + slot * kChunk<W> < end) consume(std::true_type{}, slot);
     }
   }
   if constexpr (kQuantised<W>) flush();
@@ -297,11 +348,9 @@ SIMT_FN A value_of(const simt::Words& words, int i) {
 template <bool kPacked, class T, class W>
 SIMT_FN void multiply_by_fma(const Operands<T, W, 1>& in, int begin, int end, Acc<T> (&sum)[1][4]) {
   using A = Acc<T>;
-  constexpr int kSlots = kRing<W, 1>;
   constexpr int kStep = kEach<W> < 4 ? kEach<W> : 4;  // elements at a time
   const int t = static_cast<int>(threadIdx.x % 4);
   const int chunks = static_cast<int>(ceil_div(end - begin, kChunk<W>));
-  const int ends[2] = {in.w[0] != nullptr ? end : begin, in.w[1] != nullptr ? end : begin};
   const T* x[8];
 #pragma unroll
   for (int row = 0; row < 8; ++row) {
@@ -309,46 +358,68 @@ SIMT_FN void multiply_by_fma(const Operands<T, W, 1>& in, int begin, int end, Ac
     x[row] = reinterpret_cast<const T*>(__shfl_sync(kAll, address, 4 * row));
   }
   A part[2][8] = {};
-  simt::Words ring[kSlots][2];
+  simt::Words ring[kRing][2];
   const auto fetch = [&](int slot, int chunk) {
     const int at = begin + chunk * kChunk<W> + t * kEach<W>;
-    ring[slot][0] = load_weights<W, kPacked>(in.w[0], in.w_step[0], at, ends[0]);
-    ring[slot][1] = load_weights<W, kPacked>(in.w[1], in.w_step[1], at, ends[1]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      simt::Words words{};
+      if constexpr (!kPacked) {
+        words = gather_weights(in.w[h], in.w_step[h], at, end);
+      } else if (at < end) {
+        words = simt::load16_once(reinterpret_cast<const char*>(in.w[h]) +
+                                  static_cast<int64_t>(at) * kBits<W> / 8);
+      }
+      ring[slot][h] = words;
+    }
   };
 #pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) {
+  for (int slot = 0; slot < kRing; ++slot) {
     if (slot < chunks) fetch(slot, slot);
   }
-  for (int first = 0; first < chunks; first += kSlots) {
+  for (int first = 0; first < chunks; first += kRing) {
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 0; slot < kRing; ++slot) {
       if (first + slot >= chunks) break;
       const int at = begin + (first + slot) * kChunk<W> + t * kEach<W>;
       A scale[2] = {1, 1};
       if constexpr (kQuantised<W>) {
         const int safe = min(at, end - 1);
-        if (in.w[0] != nullptr) scale[0] = simt::widen(load_scale<kPacked>(in, 0, safe));
-        if (in.w[1] != nullptr) scale[1] = simt::widen(load_scale<kPacked>(in, 1, safe));
+        scale[0] = simt::widen(load_scale<kPacked>(in, 0, safe));
+        scale[1] = simt::widen(load_scale<kPacked>(in, 1, safe));
       }
+      // A word at a time: all 16 bytes unrolled would want too many registers.
+      constexpr int kWords = kQuantised<W> ? 4 : 1, kInWord = kEach<W> / kWords;
+#pragma unroll 1
+      for (int word = 0; word < kWords; ++word) {
 #pragma unroll
-      for (int e = 0; e < kEach<W>; e += kStep) {
-        A w[2][kStep];
-#pragma unroll
-        for (int j = 0; j < kStep; ++j) {
-          w[0][j] = value_of<A, W>(ring[slot][0], e + j) * scale[0];
-          w[1][j] = value_of<A, W>(ring[slot][1], e + j) * scale[1];
-        }
-#pragma unroll
-        for (int row = 0; row < 8; ++row) {
-          const auto pack = load_activations<kStep, kPacked>(x[row], in.x_step, at + e, end);
+        for (int e = 0; e < kInWord; e += kStep) {
+          A w[2][kStep];
 #pragma unroll
           for (int j = 0; j < kStep; ++j) {
-            part[0][row] += w[0][j] * simt::widen(pack.v[j]);
-            part[1][row] += w[1][j] * simt::widen(pack.v[j]);
+            w[0][j] = value_of<A, W>(ring[slot][0], e + j) * scale[0];
+            w[1][j] = value_of<A, W>(ring[slot][1], e + j) * scale[1];
+          }
+#pragma unroll
+          for (int row = 0; row < 8; ++row) {
+            const int from = at + word * kInWord + e;
+            const auto pack = load_activations<kStep, kPacked>(x[row], in.x_step, from, end);
+#pragma unroll
+            for (int j = 0; j < kStep; ++j) {
+              part[0][row] += w[0][j] * simt::widen(pack.v[j]);
+              part[1][row] += w[1][j] * simt::widen(pack.v[j]);
+            }
+          }
+        }
+        if constexpr (kWords > 1) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            uint32_t (&v)[4] = ring[slot][h].v;
+            v[0] = v[1], v[1] = v[2], v[2] = v[3];
           }
         }
       }
-      if (first + slot + kSlots < chunks) fetch(slot, first + slot + kSlots);
+      if (first + slot + kRing < chunks) fetch(slot, first + slot + kRing);
     }
   }
 #pragma unroll
@@ -373,11 +444,12 @@ SIMT_FN void multiply(const Operands<T, W, NT>& in, int begin, int end, Acc<T> (
 
 // ---- Several warps
 
-// Part i of n of a row of k elements, in whole chunks: where it begins. Part n begins at k.
+// Part i of n of a row of k elements: where it begins; part n begins at k. In whole rings where
+// there are enough, so that only the last part has something left over.
 template <class W>
 SIMT_FN int part_begin(int k, int64_t i, int64_t n) {
-  const int64_t chunks = ceil_div(k, kChunk<W>);
-  const int64_t begin = chunks * i / n * kChunk<W>;
+  const int unit = k >= n * kRing * kChunk<W> ? kRing * kChunk<W> : kChunk<W>;
+  const int64_t begin = ceil_div(k, unit) * i / n * unit;
   return static_cast<int>(begin < k ? begin : k);
 }
 

@@ -127,6 +127,13 @@ SIMT_FN void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// (a & b) | c, which the compiler splits in two where b and c are constants.
+SIMT_FN uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Two sums of 16-bit floats, each rounded once. (The multiplication by one is for sm_80, which has
 // no addition of bf16.)
 SIMT_FN uint32_t add_bf16x2(uint32_t a, uint32_t b) {

@@ -142,6 +142,7 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
              Where where = Where::current());
 
+SIMT_FN uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 template <class T>
 uint32_t add_pairs(uint32_t a, uint32_t b) {
   uint32_t sum = 0;

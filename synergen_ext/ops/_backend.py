@@ -49,7 +49,7 @@ def backend(name: str) -> Iterator[None]:
 def reference_on_cuda(op: str, function: Callable[..., Any]) -> None:
     """Run `function` for CUDA tensors where this build has no CUDA kernel of the op; `synergen doctor` lists such
     ops."""
-    kernel = {"unfold_ids": "fold_ids"}.get(op, op)
+    kernel = {"unfold_ids": "fold_ids", "expert_ffn_train": "expert_ffn"}.get(op, op)
     if kernel in _C.cuda_kernels():
         return
 

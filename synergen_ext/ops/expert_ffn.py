@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import no_second_derivative, substitute
+from . import reference
+from ._backend import no_second_derivative, reference_on_cuda, substitute
 
 
 def expert_ffn(
@@ -137,3 +138,6 @@ def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...
 torch.library.register_autograd("synergen::expert_ffn", _backward, setup_context=_setup)
 torch.library.register_autograd("synergen::expert_ffn_train", _backward, setup_context=_setup_train)
 no_second_derivative("expert_ffn")
+reference_on_cuda("expert_ffn", reference.expert_ffn)
+reference_on_cuda("expert_ffn_train", reference.expert_ffn_train)
+reference_on_cuda("expert_ffn_backward", reference.expert_ffn_backward)

@@ -1,0 +1,278 @@
+"""expert_ffn and its backward by the emulator: see test_cuda_emulated.py. Tiles are 128 rows (64 without tensor cores)
+by 256 columns (128 hidden ones), and 32 (8) of the depth."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_cases import UNPACKED
+
+from synergen_ext.ops import reference
+from synergen_ext.testing import DTYPES, LAYOUTS, assert_as_accurate, laid_out, normal, to_float64
+
+SHORT = (torch.bfloat16, torch.float16)
+
+
+def ffn_args(
+    tokens, dim, hidden, experts=2, top_k=None, dtype=torch.float32, expert_dtype=None, layout="contiguous", index=None
+):
+    """Outputs of size one; routing weights where top_k is given."""
+
+    def random(*shape, seed, scale=1.0, dtype=expert_dtype or dtype):
+        return laid_out((normal(*shape, dtype=torch.float64, seed=seed) * scale).to(dtype), layout)
+
+    x = random(tokens, dim, seed=0, dtype=dtype)
+    gate = random(experts, hidden, dim, seed=1, scale=max(dim, 1) ** -0.5)
+    up = random(experts, hidden, dim, seed=2, scale=max(dim, 1) ** -0.5)
+    down = random(experts, dim, hidden, seed=3, scale=max(hidden, 1) ** -0.5)
+    shape = (tokens,) if top_k is None else (tokens, top_k)
+    if index is None:
+        index = normal(*shape, seed=4).mul(1e4).long().abs() % max(experts, 1)
+    weight = None if top_k is None else random(*shape, seed=5).sigmoid()
+    return x, gate, up, down, laid_out(index, layout), weight
+
+
+def backward_args(args, pre=None, need=(True, True, True)):
+    x = args[0]
+    return (normal(*x.shape, dtype=x.dtype, seed=6), *args, *(pre or (None, None)), *need)
+
+
+def rounding(x, gate, up, down, index, weight=None):
+    """What a PyTorch program would write, every step at the dtype of x."""
+    gate, up, down = (t.to(x.dtype) for t in (gate, up, down))
+    pairs = index.reshape(len(x), -1)
+    y = torch.zeros_like(x)
+    for e in range(len(gate)):
+        t, j = torch.where(pairs == e)
+        out = F.linear(F.silu(F.linear(x[t], gate[e])) * F.linear(x[t], up[e]), down[e])
+        if weight is not None:
+            out = out * weight.reshape(pairs.shape)[t, j, None].to(x.dtype)
+        y = y.index_add(0, t, out)
+    return y
+
+
+def gradients(function, dy, *args):
+    leaves = [a.detach().clone().requires_grad_() if a is not None and a.is_floating_point() else a for a in args]
+    wanted = [a for a in leaves if a is not None and a.requires_grad]
+    found = torch.autograd.grad(function(*leaves), wanted, dy, allow_unused=True, materialize_grads=True)
+    return [*found, *([dy.new_zeros(0)] if args[-1] is None else [])]
+
+
+def compare(emulated, *args, lay_dy=torch.clone):
+    """Forward, what it keeps, and all gradients, with them and without."""
+    wide = to_float64(args)
+    truth = reference.expert_ffn_train(*wide)
+    rival = (rounding(*args), *reference.expert_ffn_train(*args)[1:])
+    ours = emulated.expert_ffn_train(*args)
+    assert_as_accurate(ours, rival, truth, "expert_ffn_train")
+    alone = emulated.expert_ffn(*args)
+    if args[4].numel() > 64:
+        assert torch.equal(alone, ours[0])
+    else:  # few pairs take another way where nothing is kept: test_cuda_expert_ffn_stream.py
+        assert_as_accurate(alone, rival[0], truth[0], "expert_ffn")
+    dy = backward_args(args)[0]
+    truth, rival = gradients(reference.expert_ffn, dy.double(), *wide), gradients(rounding, dy, *args)
+    kept, again = (
+        emulated.expert_ffn_backward(lay_dy(dy), *backward_args(args, pre)[1:]) for pre in (ours[1:], None)
+    )
+    for got in (kept, again):
+        assert_as_accurate(got, rival, truth, "expert_ffn_backward")
+    return ours, kept
+
+
+#: A small call of each kernel, which test_cuda_emulated.py makes under every schedule and gate.
+SMALL = {
+    "expert_ffn": lambda: ffn_args(33, 40, 136, 3, 2, dtype=torch.bfloat16),  # more than 64 pairs
+    "expert_ffn_backward": lambda: backward_args(ffn_args(20, 40, 24, 3, 2, dtype=torch.bfloat16)),
+}
+
+
+def unpacked(dtype, lay):
+    x, gate, up, down, index, weight = ffn_args(9, 16, 24, 2, 2, dtype=dtype)
+    yield lay(x), gate, up, down, index, weight
+    yield x, lay(gate), up, down, index, weight
+    yield x, gate, lay(up), down, index, weight
+    yield x, gate, up, lay(down), index, weight
+
+
+def sanitized():
+    """Calls of odd sizes and layouts for test_cuda_emulated.py to make under the sanitizers."""
+    for dtype in DTYPES:
+        for args in (
+            ffn_args(5, 9, 3, dtype=dtype),
+            ffn_args(5, 8, 8, 3, 2, dtype=dtype, index=torch.tensor([[0, 3], [-1, 2], [2, 2], [0, 0], [9, 9]])),
+            ffn_args(3, 8, 8, dtype=dtype, index=torch.tensor([-1, 5, 1])),
+        ):
+            yield "expert_ffn", args
+            yield "expert_ffn_train", args
+            yield "expert_ffn_backward", backward_args(args)
+    for args in unpacked(torch.bfloat16, UNPACKED[2]):
+        yield "expert_ffn", args
+    yield "expert_ffn", ffn_args(129, 8, 136, 1, dtype=torch.float16)
+    yield "expert_ffn_backward", backward_args(ffn_args(40, 136, 8, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (9, 5), (8, 8), (24, 40), (40, 136)])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_expert_ffn(emulated, tokens, sizes, dtype):
+    compare(emulated, *ffn_args(tokens, *sizes, dtype=dtype))
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 2), (3, 5), (40, 3)])
+def test_expert_ffn_of_several_experts_a_token(emulated, experts, top_k, dtype):
+    """Also a token that chooses an expert twice (k > E), and experts that nobody chooses."""
+    compare(emulated, *ffn_args(11, 16, 24, experts, top_k, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_expert_ffn_layouts(emulated, layout, dtype):
+    compare(emulated, *ffn_args(9, 16, 24, top_k=2, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("lay", UNPACKED)
+@pytest.mark.parametrize("dtype", SHORT)
+def test_expert_ffn_of_rows_that_cannot_be_read_in_packs(emulated, lay, dtype):
+    for args in unpacked(dtype, lay):
+        compare(emulated, *args)
+    compare(emulated, *ffn_args(9, 16, 24, dtype=dtype), lay_dy=lay)
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_expert_ffn_with_float32_experts(emulated, dtype):
+    compare(emulated, *ffn_args(9, 16, 24, 3, 2, dtype=dtype, expert_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("layout", ["stepped", "transposed"])
+def test_expert_ffn_of_gate_and_up_with_different_strides(emulated, layout, dtype):
+    x, gate, up, down, index, weight = ffn_args(9, 16, 80, dtype=dtype)
+    compare(emulated, x, laid_out(gate, layout), up, down, index, weight)
+    compare(emulated, x, gate, laid_out(up, layout), down, index, weight)
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_expert_ffn_with_float32_routing_weights(emulated, dtype):
+    args = ffn_args(9, 16, 24, 3, 2, dtype=dtype)
+    compare(emulated, *args[:5], args[5].float())
+
+
+def exact_args(tokens, dim, hidden, experts, top_k, dtype, density=0.02):
+    """Integers for which every sum and every stored number is exact: gate x is so large that silu(g) = g."""
+
+    def sparse(*shape, seed):
+        generator = torch.Generator().manual_seed(seed)
+        kept = torch.rand(shape, generator=generator) < density
+        return torch.where(kept, torch.randint(-1, 2, shape, generator=generator), 0).to(torch.float64)
+
+    x, gate = sparse(tokens, dim, seed=0), sparse(experts, hidden, dim, seed=1)
+    x[:, 0], gate[:, :, 0] = 1, 24
+    up, down = sparse(experts, hidden, dim, seed=2), sparse(experts, dim, hidden, seed=3)
+    index = torch.randint(experts, (tokens, top_k), generator=torch.Generator().manual_seed(4))
+    weight = torch.randint(1, 3, (tokens, top_k), generator=torch.Generator().manual_seed(5)).to(torch.float64)
+    return [x.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype), index, weight.to(dtype)], sparse(
+        tokens, dim, seed=6
+    ).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("sizes", "experts", "top_k"),
+    [((130, 72, 264), 1, 1), ((300, 264, 136), 2, 1), ((40, 40, 520), 3, 2), ((7, 520, 40), 2, 1)],
+)
+def test_expert_ffn_is_exact_where_floats_are(emulated, sizes, experts, top_k, dtype):
+    """Several tiles in every direction, each of 1 to 17 stages; a wrong index anywhere changes an integer."""
+    args, dy = exact_args(*sizes, experts, top_k, dtype)
+    wide = to_float64(args)
+    ours = emulated.expert_ffn_train(*args)
+    truth = reference.expert_ffn_train(*wide)
+    assert max(t.abs().max() for t in truth[1:]) <= 128 and truth[0].any(-1).float().mean() > 0.5
+    for a, t in zip(ours, truth, strict=True):
+        assert torch.equal(a, t.round().to(dtype))  # in float64, silu(24) is still 1e-9 off
+    truth = reference.expert_ffn_backward(dy.double(), *wide, None, None, True, True, True)
+    for pre in ((None, None), ours[1:]):
+        got = emulated.expert_ffn_backward(dy, *args, *pre, True, True, True)
+        for name, a, t in zip(("dx", "dgate", "dup", "ddown", "dweight"), got, truth, strict=True):
+            assert t.any(), name
+            assert torch.equal(a, t.round().to(dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_expert_ffn_of_every_number_of_rows(emulated, dtype):
+    """Tiles of rows full and not, and the sort: a warp sorts 256 pairs."""
+    for tokens in (63, 64, 65, 127, 128, 129, 255, 256, 257):
+        args = ffn_args(tokens, 8, 8, 3, dtype=dtype)
+        index = args[4]
+        ours = emulated.expert_ffn(*args)
+        alone = torch.empty_like(ours)
+        for e in range(3):
+            one = [args[0][index == e], *args[1:4], index[index == e], None]
+            alone[index == e] = emulated.expert_ffn(*one)
+        assert torch.equal(ours, alone)  # rows do not depend on their company
+
+
+@pytest.mark.parametrize("experts", [1, 31, 33, 1100, 2050])
+def test_expert_ffn_sorts_pairs_of_many_experts(emulated, experts):
+    """down is the number of the expert; more experts than threads scan their counts."""
+    tokens, ones = 300, torch.ones(experts, 1, 1)
+    index = torch.randint(experts, (tokens, 2), generator=torch.Generator().manual_seed(0))
+    down = torch.arange(experts).float().view(-1, 1, 1)
+    y = emulated.expert_ffn(torch.ones(tokens, 1), 24 * ones, ones, down, index, None)
+    assert torch.equal(y, 24 * index.sum(1, keepdim=True).float())
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_expert_ffn_gives_nothing_for_an_index_past_the_experts(emulated, top_k, dtype):
+    index = torch.tensor([[0, 2], [3, 9], [2**40, 2], [1, 0], [3, 3]] * 20)[:, :top_k]
+    args = ffn_args(100, 16, 24, 3, top_k, dtype=dtype, index=index)
+    ours, (dx, *_, dweight) = compare(emulated, *args)
+    nobody = index >= 3
+    assert torch.equal((ours[0] == 0).all(1), nobody.all(1)) and torch.equal((dx == 0).all(1), nobody.all(1))
+    assert torch.equal((ours[1] == 0).all(1), nobody.flatten())
+    assert torch.equal((ours[2] == 0).all(1), nobody.flatten()) and torch.equal(dweight == 0, nobody)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_expert_ffn_marks_tokens_with_a_negative_index(emulated, top_k, dtype):
+    index = torch.tensor([[0, 2], [-1, 1], [1, -(2**40)], [3, 0]])[:, :top_k]
+    args = ffn_args(4, 16, 24, 3, top_k, dtype=dtype, index=index)
+    y, gate_pre, up_pre = emulated.expert_ffn_train(*args)
+    dx, dgate, dup, ddown, dweight = emulated.expert_ffn_backward(*backward_args(args))
+    bad = index < 0
+    for row in (y, dx):
+        assert torch.equal(row.isnan().all(1), bad.any(1)) and torch.equal(row.isnan().any(1), bad.any(1))
+    for pre in (gate_pre, up_pre):
+        assert torch.equal(pre.isnan().all(1), bad.flatten()) and torch.equal(pre.isnan().any(1), bad.flatten())
+    assert torch.equal(dweight.isnan(), bad)
+    assert not any(t.isnan().any() for t in (dgate, dup, ddown))
+
+
+def test_expert_ffn_of_an_expert_without_tokens_has_zero_gradients(emulated, dtype):
+    args = ffn_args(9, 16, 24, 4, dtype=dtype, index=torch.tensor([1, 2] * 4 + [1]))
+    for gradient in emulated.expert_ffn_backward(*backward_args(args))[1:4]:
+        assert not gradient[[0, 3]].any() and gradient[1:3].any(-1).any(-1).all()
+
+
+@pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)])
+def test_expert_ffn_backward_of_what_is_needed(emulated, need):
+    args = ffn_args(9, 16, 24, 3, 2, dtype=torch.bfloat16)
+    every = emulated.expert_ffn_backward(*backward_args(args))
+    some = emulated.expert_ffn_backward(*backward_args(args, need=need))
+    needed = (need[0], need[1], need[1], need[1], need[2])
+    for wanted, a, b in zip(needed, every, some, strict=True):
+        assert torch.equal(a, b) if wanted else b.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "hidden", "experts", "top_k"),
+    [(0, 8, 8, 2, 2), (3, 0, 8, 2, 2), (3, 8, 0, 2, 2), (3, 8, 8, 0, 2), (3, 8, 8, 2, 0)],
+)
+def test_expert_ffn_of_nothing(emulated, tokens, dim, hidden, experts, top_k, dtype):
+    args = ffn_args(tokens, dim, hidden, experts, top_k, dtype=dtype)
+    for t in emulated.expert_ffn_train(*args):
+        assert not t.any()
+    assert not emulated.expert_ffn(*args).any()
+    for t, like in zip(emulated.expert_ffn_backward(*backward_args(args)), (*args[:4], args[5]), strict=True):
+        assert t.shape == like.shape and not t.any()
+
+
+def test_expert_ffn_refuses_more_experts_than_it_can_count(emulated):
+    with pytest.raises(ValueError, match=r"expert_ffn: E must be at most 8192 on CUDA, got 8193"):
+        emulated.expert_ffn(*ffn_args(1, 1, 1, 8193))
