@@ -145,6 +145,35 @@ struct SampleTokensParams {
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
+// The matrices of one layer of the unfolding head, [out, in], and what goes with them; contiguous.
+struct UnfoldHeadLayer {
+  const void *attention_norm, *q, *k, *v, *o;  // [dim], [heads * head_dim, dim], [kv_heads *
+                                               // head_dim, dim] twice, [dim, heads * head_dim]
+  const void *ffn_norm, *gate, *up, *down;     // [dim], [hidden, dim] twice, [dim, hidden]
+  const void *q_bias, *k_bias, *v_bias;        // as many as q, k and v have rows; or null, all three
+};
+
+// All `window` ids of a patch, one after another, for each picture: the head's sequence is the
+// backbone's state, then the embeddings of the ids drawn so far. Rows are the pictures, or, with
+// guidance, the pictures and after them the same pictures without their prompts: two rows to a
+// picture, which share its ids.
+struct UnfoldHeadParams {
+  DType dtype;  // of everything that is not an integer or a number for each picture
+  int64_t rows, pictures, dim, layers, heads, kv_heads, head_dim, hidden, window, vocab;
+  double eps, theta;
+  bool persistent;     // CUDA only: one launch for all ids, instead of several for each
+  const void* states;  // [rows, dim]
+  int64_t states_strides[2];
+  const void *tokens, *positions;  // [vocab, dim], [window, dim], contiguous
+  const UnfoldHeadLayer* layer;    // [layers], in the host's memory
+  const void *norm, *classifier;   // [dim], [vocab, dim], contiguous
+  PerRow<int64_t> seed, position, top_k;  // position: the first of `window` draws
+  PerRow<double> guidance, temperature, top_p;
+  int64_t* ids;   // [pictures, window], contiguous
+  bool* valid;    // [pictures]; false where the logits of any id gave nothing to choose from
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
+};
+
 #define SYNERGEN_CPU_KERNELS(X)                     \
   X(rms_norm, RmsNormParams)                        \
   X(rms_norm_backward, RmsNormBackwardParams)       \
@@ -155,7 +184,8 @@ struct SampleTokensParams {
   X(expert_ffn, ExpertFfnParams)                    \
   X(expert_ffn_backward, ExpertFfnBackwardParams)   \
   X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
-  X(sample_tokens, SampleTokensParams)
+  X(sample_tokens, SampleTokensParams)              \
+  X(unfold_head, UnfoldHeadParams)
 
 #define SYNERGEN_CUDA_KERNELS(X)                    \
   X(rms_norm, RmsNormParams)                        \
@@ -167,7 +197,8 @@ struct SampleTokensParams {
   X(expert_ffn, ExpertFfnParams)                    \
   X(expert_ffn_backward, ExpertFfnBackwardParams)   \
   X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
-  X(sample_tokens, SampleTokensParams)
+  X(sample_tokens, SampleTokensParams)              \
+  X(unfold_head, UnfoldHeadParams)
 
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
 #define SYNERGEN_CUDA_SCRATCH(X)                    \
@@ -176,7 +207,8 @@ struct SampleTokensParams {
   X(expert_ffn, ExpertFfnParams)                    \
   X(expert_ffn_backward, ExpertFfnBackwardParams)   \
   X(expert_ffn_quantized, ExpertFfnQuantizedParams) \
-  X(sample_tokens, SampleTokensParams)
+  X(sample_tokens, SampleTokensParams)              \
+  X(unfold_head, UnfoldHeadParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
 // hold the same sources.

@@ -26,6 +26,7 @@ rms_norm = _kernels.rms_norm
 rms_norm_backward = _kernels.rms_norm_backward
 rope = _kernels.rope
 sample_tokens = _kernels.sample_tokens
+unfold_head = _kernels.unfold_head
 unfold_ids = _kernels.unfold_ids
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "rms_norm_backward",
     "rope",
     "sample_tokens",
+    "unfold_head",
     "unfold_ids",
 ]

@@ -18,6 +18,7 @@ from .reference import dequantize_weight, quantize_weight
 from .rms_norm import rms_norm
 from .rope import rope
 from .sample_tokens import sample_tokens
+from .unfold_head import unfold_head
 
 __all__ = [
     "backend",
@@ -33,5 +34,6 @@ __all__ = [
     "rope",
     "sample_tokens",
     "set_backend",
+    "unfold_head",
     "unfold_ids",
 ]

@@ -4,6 +4,8 @@
 those of the public functions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from .reference import (
     rope,
     sample_tokens,
     unfold_ids,
+    unfold_patch,
 )
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample_tokens",
+    "unfold_head",
     "unfold_ids",
 ]
 
@@ -77,3 +81,30 @@ def expert_ffn_quantized(
 ) -> Tensor:
     weights = ((gate, gate_scale), (up, up_scale), (down, down_scale))
     return expert_ffn(x, *(dequantize_weight(*w) for w in weights), expert_index, expert_weight)
+
+
+def unfold_head(
+    states: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    layers: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm: Tensor,
+    classifier: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    guidance: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    eps: float = 1e-5,
+    theta: float = 1e6,
+    heads: int,
+    kv_heads: int,
+    persistent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return unfold_patch(
+        states, tokens, positions, layers, biases, norm, classifier, seed, position, eps, theta, heads, kv_heads,
+        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
+    )  # fmt: skip
