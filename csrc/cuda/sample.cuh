@@ -169,10 +169,19 @@ inline int mass_bits(int64_t vocab) {
 
 // ---- What the threads of a block tell each other
 
+// Of a row.
+struct SampleOptions {
+  double temperature, top_p;
+  int64_t top_k;
+  uint32_t word;  // the row's random number
+  int bits;       // mass_bits of the vocabulary
+};
+
 struct SampleBoard {
   // Zero, but between the counting of digits and pick_bin.
   alignas(16) uint32_t members[kSampleBins];                 // of each bin
   alignas(16) uint32_t low[kSampleBins], high[kSampleBins];  // halves of what they weigh together
+  SampleOptions options;                                     // one thread's to write before scan
   uint64_t words[kSampleWarps];
   uint64_t before, inside;  // of the chosen bin: the weight of all before it, and its own
   uint32_t chosen, chosen_members;
@@ -252,30 +261,52 @@ SIMT_FN void pick_bin(const uint32_t (&members)[kBinsEach], const uint64_t (&wei
 
 // ---- A row
 
+// Tokens in the order of their ids, tile by tile: each has 4,096 places.
+template <class Key>
+struct SampleList {
+  Key* keys;      // [tiles, 4096]
+  uint32_t* ids;  // [tiles, 4096]
+
+  SIMT_FN SampleList row(int64_t tiles_before) const {
+    const int64_t places_before = tiles_before * kSampleTile;
+    return {keys + places_before, ids + places_before};
+  }
+};
+
+// What is known of a part after scan: the largest key, and where it is first met, for temperature
+// 0.
+template <class Key>
+struct SamplePart {
+  Key most;
+  uint32_t first;
+};
+
+// And of a tile after weigh: what its tokens weigh, and how many places of each list it has filled.
+struct SampleTile {
+  uint64_t mass;
+  uint32_t left, edge;
+};
+
 // Memory of one row, or of all of them one after the other.
 template <class Key>
 struct SampleScratch {
-  Key* most;             // [parts] the largest key
-  uint32_t* first;       // [parts] and where it is first met, for temperature 0
-  uint32_t* counts;      // [parts, bins] how many keys begin with a digit, falling
-  uint32_t* arrived;     // [1] parts that are done with their masses; zero after scan
-  uint64_t* tile_mass;   // [tiles]
-  uint32_t* tile_count;  // [tiles] how many of the list's 4,096 places a tile has filled
-  uint64_t* mass;        // [tiles, 4096] of the list; without filters [512] sums in each tile
-  Key* keys;             // [tiles, 4096] the list
-  uint32_t* ids;         // [tiles, 4096]
+  SamplePart<Key>* parts;  // [parts]
+  SampleTile* tiles;       // [tiles]
+  uint32_t* counts;        // [parts, bins] how many keys begin with a digit, falling
+  uint32_t* arrived;       // [1] parts that are done with their masses; zero after scan
+  uint64_t* mass;          // [tiles, 4096] of `left`; without filters [512] sums in each tile
+  SampleList<Key> left;    // what the filters may leave
+  SampleList<Key> edge;    // and of that what begins with the digit of the k-th key
 
-  SIMT_FN SampleScratch row(int64_t r, int tiles) const {
-    const int64_t at = r * tiles;
-    return {most + at,
-            first + at,
-            counts + at * kSampleBins,
+  SIMT_FN SampleScratch row(int64_t r, int tiles_each) const {
+    const int64_t before = r * tiles_each;
+    return {parts + before,
+            tiles + before,
+            counts + before * kSampleBins,
             arrived + r,
-            tile_mass + at,
-            tile_count + at,
-            mass + at * kSampleTile,
-            keys + at * kSampleTile,
-            ids + at * kSampleTile};
+            mass + before * kSampleTile,
+            left.row(before),
+            edge.row(before)};
   }
 };
 
@@ -289,24 +320,17 @@ int64_t lay_out(SampleScratch<Key>& s, void* base, int64_t rows, int64_t tiles) 
                                          static_cast<uintptr_t>(bytes));
     bytes += ceil_div(count * static_cast<int64_t>(sizeof(Element)), 256) * 256;
   };
-  take(s.most, rows * tiles);
-  take(s.first, rows * tiles);
+  take(s.parts, rows * tiles);
+  take(s.tiles, rows * tiles);
   take(s.counts, rows * tiles * kSampleBins);
   take(s.arrived, rows);
-  take(s.tile_mass, rows * tiles);
-  take(s.tile_count, rows * tiles);
   take(s.mass, rows * tiles * kSampleTile);
-  take(s.keys, rows * tiles * kSampleTile);
-  take(s.ids, rows * tiles * kSampleTile);
+  for (auto* list : {&s.left, &s.edge}) {
+    take(list->keys, rows * tiles * kSampleTile);
+    take(list->ids, rows * tiles * kSampleTile);
+  }
   return bytes;
 }
-
-struct SampleOptions {
-  double temperature, top_p;
-  int64_t top_k;
-  uint32_t word;  // the row's random number
-  int bits;       // mass_bits of the vocabulary
-};
 
 // Whether this block is the last of `parts` to be here; what the others have written before is then
 // its to read.
@@ -328,10 +352,10 @@ class RowSampler {
   static constexpr int kKeyBits = 8 * static_cast<int>(sizeof(Key));
 
  public:
-  SIMT_FN RowSampler(const Logits& logits, const SampleOptions& options,
-                     const SampleScratch<Key>& scratch, int part, int parts, SampleBoard& board)
+  SIMT_FN RowSampler(const Logits& logits, const SampleScratch<Key>& scratch, int part, int parts,
+                     SampleBoard& board)
       : logits_(logits),
-        options_(options),
+        options_(board.options),
         scratch_(scratch),
         part_(part),
         parts_(parts),
@@ -339,24 +363,22 @@ class RowSampler {
         board_(board) {}
 
   SIMT_FN void scan() {
-    const bool counting = options_.temperature != 0 && options_.top_k > 0;
     clear(board_.members);
     clear(board_.low);
     clear(board_.high);
     __syncthreads();
+    const bool counting = options_.temperature != 0 && options_.top_k > 0;
     Key most = least();
     uint32_t first = 0;
     for (int tile = part_; tile < tiles_; tile += parts_) {
-      const int64_t i = first_token(tile);
-      Key keys[kSampleEach];
-      logits_.keys(i, keys);
+      hold(tile);
 #pragma unroll
       for (int e = 0; e < kSampleEach; ++e) {
-        if (keys[e] > most) {
-          most = keys[e];
-          first = static_cast<uint32_t>(i + e);
+        if (keys_[e] > most) {
+          most = keys_[e];
+          first = static_cast<uint32_t>(first_token(tile) + e);
         }
-        if (counting && keys[e] > least()) atomicAdd(&board_.members[first_digit(keys[e])], 1u);
+        if (counting && keys_[e] > least()) atomicAdd(&board_.members[first_digit(keys_[e])], 1u);
       }
     }
     const Key own = most;
@@ -367,8 +389,7 @@ class RowSampler {
           own == most ? first : ~0u, board_, [](uint64_t a, uint64_t b) { return a < b ? a : b; }));
     }
     if (threadIdx.x == 0) {
-      scratch_.most[part_] = most;
-      scratch_.first[part_] = first;
+      scratch_.parts[part_] = {most, first};
       if (part_ == 0) *scratch_.arrived = 0;
     }
     if (counting) {
@@ -379,9 +400,9 @@ class RowSampler {
 
   // False where the row has its answer already.
   SIMT_FN bool weigh() {
-    most_ = scratch_.most[0];
+    most_ = scratch_.parts[0].most;
     for (int p = 1; p < parts_; ++p) {
-      const Key other = scratch_.most[p];
+      const Key other = scratch_.parts[p].most;
       most_ = other > most_ ? other : most_;
     }
     answer_ = -1;
@@ -389,8 +410,8 @@ class RowSampler {
     if (options_.temperature == 0) {
       answer_ = INT64_MAX;
       for (int p = 0; p < parts_; ++p) {
-        const int64_t first = scratch_.first[p];
-        if (scratch_.most[p] == most_ && first < answer_) answer_ = first;
+        const int64_t first = scratch_.parts[p].first;
+        if (scratch_.parts[p].most == most_ && first < answer_) answer_ = first;
       }
       return false;
     }
@@ -398,6 +419,7 @@ class RowSampler {
     if (options_.top_k > 0) count_down();
     filtered_ = cut_short_ || options_.top_p < 1;
     for (int tile = part_; tile < tiles_; tile += parts_) {
+      if (tile != held_) hold(tile);
       if (filtered_) {
         list(tile);
       } else {
@@ -413,11 +435,11 @@ class RowSampler {
   SIMT_FN int64_t draw() {
     if (filtered_) {
       if (cut_short_ && left_ < inside_) {
-        keep(false, floor_, kKeyBits - kSampleDigit, left_);
+        keep(true, floor_, kKeyBits - kSampleDigit, left_);
       }
       if (options_.top_p < 1) {
         // The bits that the largest key and the floor share, all between them share.
-        keep(true, most_, bit_width(most_ ^ floor_), 0);
+        keep(false, most_, bit_width(most_ ^ floor_), 0);
       }
       weigh_tiles();
     }
@@ -437,6 +459,12 @@ class RowSampler {
   // Of this thread, in a tile.
   SIMT_FN static int64_t first_token(int tile) {
     return int64_t{tile} * kSampleTile + threadIdx.x * kSampleEach;
+  }
+
+  // A part of one tile reads it once: its keys stay in registers from scan to weigh.
+  SIMT_FN void hold(int tile) {
+    logits_.keys(first_token(tile), keys_);
+    held_ = tile;
   }
 
   // Where the k-th key must be: floor_, and how many of that bin stay.
@@ -484,95 +512,119 @@ class RowSampler {
 
   // Without filters: what each thread's tokens weigh together, and the tile.
   SIMT_FN void add_up(int tile) {
-    Key keys[kSampleEach];
-    uint64_t masses[kSampleEach], own = 0;
-    logits_.keys(first_token(tile), keys);
-    weigh_keys(keys, masses);
+    // Four at a time: enough that their chains fill the pipe of 64-bit arithmetic, and eight take
+    // more than the 128 registers there are.
+    constexpr int kTogether = 4;
+    uint64_t own = 0;
 #pragma unroll
-    for (int e = 0; e < kSampleEach; ++e) own += masses[e];
-    scratch_.mass[int64_t{tile} * kSampleTile + threadIdx.x] = own;
+    for (int first = 0; first < kSampleEach; first += kTogether) {
+      Key keys[kTogether];
+      uint64_t masses[kTogether];
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) keys[e] = keys_[first + e];
+      weigh_keys(keys, masses);
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) own += masses[e];
+    }
+    scratch_.mass[tile * kSampleTile + static_cast<int>(threadIdx.x)] = own;
     const uint64_t total = block_join(own, board_, [](uint64_t a, uint64_t b) { return a + b; });
-    if (threadIdx.x == 0) scratch_.tile_mass[tile] = total;
+    if (threadIdx.x == 0) scratch_.tiles[tile].mass = total;
   }
 
-  // With filters: the tile's tokens from floor_ on, in the order of their ids. Masses are computed
-  // once the few that top-k leaves have been put together: spread over the warps they would cost as
-  // much as all.
+  // With filters: the tile's tokens from floor_ on. Masses are computed once the few that top-k
+  // leaves have been put together: spread over the warps they would cost as much as all.
   SIMT_FN void list(int tile) {
-    const int64_t i = first_token(tile), base = int64_t{tile} * kSampleTile;
-    Key keys[kSampleEach];
-    logits_.keys(i, keys);
-    uint64_t own = 0, total;
-#pragma unroll
-    for (int e = 0; e < kSampleEach; ++e) own += keys[e] >= floor_;
-    int64_t at = base + static_cast<int64_t>(block_scan(own, board_, total));
+    const int64_t i = first_token(tile);
+    const int base = tile * kSampleTile;
+    const Key edge_end = floor_ + edge_keys();
+    uint64_t own = 0, both;  // two counts in one: what is left, and above it the edge
 #pragma unroll
     for (int e = 0; e < kSampleEach; ++e) {
-      if (keys[e] >= floor_) {
-        scratch_.keys[at] = keys[e];
-        scratch_.ids[at] = static_cast<uint32_t>(i + e);
-        ++at;
+      if (keys_[e] >= floor_) own += keys_[e] < edge_end ? uint64_t{1} << 32 | 1 : 1;
+    }
+    const uint64_t before = block_scan(own, board_, both);
+    int at = base + static_cast<int>(before & 0xffffffffu);
+    int edge_at = base + static_cast<int>(before >> 32);
+#pragma unroll
+    for (int e = 0; e < kSampleEach; ++e) {
+      if (keys_[e] < floor_) continue;
+      scratch_.left.keys[at] = keys_[e];
+      scratch_.left.ids[at++] = static_cast<uint32_t>(i + e);
+      if (keys_[e] < edge_end) {
+        scratch_.edge.keys[edge_at] = keys_[e];
+        scratch_.edge.ids[edge_at++] = static_cast<uint32_t>(i + e);
       }
     }
-    if (threadIdx.x == 0) scratch_.tile_count[tile] = static_cast<uint32_t>(total);
+    const int count = static_cast<int>(both & 0xffffffffu);
+    if (threadIdx.x == 0) {
+      scratch_.tiles[tile].left = static_cast<uint32_t>(count);
+      scratch_.tiles[tile].edge = static_cast<uint32_t>(both >> 32);
+    }
     __syncthreads();
     // Two at a time, so that one thread's chain of additions does not wait for itself.
-    const int count = static_cast<int>(total);
     for (int j = static_cast<int>(threadIdx.x); j < count; j += 2 * kSampleThreads) {
       const bool second = j + kSampleThreads < count;
-      const Key pair[2] = {scratch_.keys[base + j],
-                           second ? scratch_.keys[base + j + kSampleThreads] : least()};
+      const Key pair[2] = {scratch_.left.keys[base + j],
+                           second ? scratch_.left.keys[base + j + kSampleThreads] : least()};
       uint64_t masses[2];
       weigh_keys(pair, masses);
       scratch_.mass[base + j] = masses[0];
       if (second) scratch_.mass[base + j + kSampleThreads] = masses[1];
     }
   }
+  // How many keys begin with the k-th one's digit; none where top-k cuts nothing.
+  SIMT_FN Key edge_keys() const { return cut_short_ ? Key{1} << (kKeyBits - kSampleDigit) : 0; }
 
-  SIMT_FN bool stays(Key key, int64_t place) const {
-    return key > floor_ || (key == floor_ && (last_id_ == ~0u || scratch_.ids[place] <= last_id_));
+  SIMT_FN bool stays(const SampleList<Key>& list, Key key, int place) const {
+    return key > floor_ || (key == floor_ && (last_id_ == ~0u || list.ids[place] <= last_id_));
   }
 
-  // visit(place, key, mass) for every place of the list that stays, each by one thread: as many
-  // warps to a tile as there are, or several tiles to a warp. A thread asks for eight places
-  // before it waits for the first. mass is 0 where not by_mass.
+  SIMT_FN const SampleList<Key>& list_of(bool edge) const {
+    return edge ? scratch_.edge : scratch_.left;
+  }
+
+  // visit(key, place, mass) for every token that stays of a list, each by one thread: as many warps
+  // to a tile as there are, or several tiles to a warp. A thread asks for four places before it
+  // waits for the first. On the edge a mass is 0.
   template <class Visit>
-  SIMT_FN void for_list(bool by_mass, const Visit& visit) const {
-    constexpr int kAhead = 8;
+  SIMT_FN void for_list(bool edge, const Visit& visit) const {
+    const SampleList<Key>& list = list_of(edge);
+    constexpr int kAhead = 4;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int ways = tiles_ < kSampleWarps ? kSampleWarps / tiles_ : 1;
     for (int unit = warp; unit < tiles_ * ways; unit += kSampleWarps) {
-      const int tile = unit / ways, count = static_cast<int>(scratch_.tile_count[tile]);
-      const int64_t base = int64_t{tile} * kSampleTile;
-      for (int j = unit % ways * 32 + lane; j < count; j += kAhead * ways * 32) {
+      const int tile = unit / ways, base = tile * kSampleTile;
+      const SampleTile& filled = scratch_.tiles[tile];
+      const int end = base + static_cast<int>(edge ? filled.edge : filled.left);
+      for (int at = base + unit % ways * 32 + lane; at < end; at += kAhead * ways * 32) {
         Key keys[kAhead] = {};
-        uint64_t masses[kAhead] = {};
+        uint64_t mass[kAhead] = {};
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          const int place = j + a * ways * 32;
-          if (place < count) {
-            keys[a] = scratch_.keys[base + place];
-            if (by_mass) masses[a] = scratch_.mass[base + place];
+          const int place = at + a * ways * 32;
+          if (place < end) {
+            keys[a] = list.keys[place];
+            if (!edge) mass[a] = scratch_.mass[place];
           }
         }
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          const int64_t place = base + j + a * ways * 32;
-          if (stays(keys[a], place)) visit(place, keys[a], masses[a]);
+          const int place = at + a * ways * 32;
+          if (stays(list, keys[a], place)) visit(keys[a], place, mass[a]);
         }
       }
     }
   }
 
-  // Adds up the list's weights, masses or ones, by digit_of(place, key) where it is a digit; then
-  // pick_bin.
+  // Adds up a list's weights, ones on the edge and else masses, by digit_of(key, place) where it is
+  // a digit; then pick_bin.
   template <class Digit, class Goal>
-  SIMT_FN void choose_digit(bool by_mass, const Digit& digit_of, const Goal& goal) {
-    for_list(by_mass, [&](int64_t place, Key key, uint64_t mass) {
-      const uint32_t digit = digit_of(place, key);
+  SIMT_FN void choose_digit(bool edge, const Digit& digit_of, const Goal& goal) {
+    for_list(edge, [&](Key key, int place, uint64_t mass) {
+      const uint32_t digit = digit_of(key, place);
       if (digit >= kSampleBins) return;
       atomicAdd(&board_.members[digit], 1u);
-      if (!by_mass) return;
+      if (edge) return;
       const uint32_t low = static_cast<uint32_t>(mass);
       const uint32_t carry = atomicAdd(&board_.low[digit], low) + low < low;
       const uint32_t high = static_cast<uint32_t>(mass >> 32) + carry;
@@ -584,18 +636,18 @@ class RowSampler {
     uint64_t weights[kBinsEach];
 #pragma unroll
     for (int b = 0; b < kBinsEach; ++b) {
-      weights[b] = by_mass ? uint64_t{high.v[b]} << 32 | low.v[b] : members.v[b];
+      weights[b] = edge ? members.v[b] : uint64_t{high.v[b]} << 32 | low.v[b];
     }
     pick_bin(members.v, weights, board_, goal);
   }
 
-  // Keeps of the list the shortest prefix, in the order of falling logits and rising ids, whose
-  // weight reaches the target, by mass the share top_p of all. Equal logits have equal weights, so
-  // of the last logit as many ids stay as the rest of the target needs. The last `unknown` bits of
-  // that logit's key are to be found; `prefix` has the others.
-  SIMT_FN void keep(bool by_mass, Key prefix, int unknown, uint64_t target) {
+  // Keeps of a list the shortest prefix, in the order of falling logits and rising ids, whose
+  // weight reaches the target: on the edge so many, else the share top_p of all masses. Equal
+  // logits have equal weights, so of the last logit as many ids stay as the rest of the target
+  // needs. The last `unknown` bits of that logit's key are to be found; `prefix` has the others.
+  SIMT_FN void keep(bool edge, Key prefix, int unknown, uint64_t target) {
     constexpr uint32_t kNone = kSampleBins;
-    bool fresh = by_mass;
+    bool fresh = !edge;
     const auto goal = [&](uint64_t total) {
       if (fresh) {
         // Not above the total: the largest share below 1 takes a whole step of double away.
@@ -614,8 +666,8 @@ class RowSampler {
       unknown -= width;
       const uint32_t digits = (1u << width) - 1;
       choose_digit(
-          by_mass,
-          [&](int64_t, Key key) {
+          edge,
+          [&](Key key, int) {
             if ((key & known) != prefix) return kNone;
             return static_cast<uint32_t>(~key >> unknown) & digits;
           },
@@ -630,10 +682,10 @@ class RowSampler {
     while ((logits_.vocab - 1) >> shift >= kSampleBins) shift += kSampleDigit;
     for (; shift >= 0 && !all; shift -= kSampleDigit) {
       choose_digit(
-          by_mass,
-          [&](int64_t place, Key key) {
+          edge,
+          [&](Key key, int place) {
             if (key != prefix) return kNone;
-            const uint32_t own = scratch_.ids[place];
+            const uint32_t own = list_of(edge).ids[place];
             return (own & id_known) == id ? own >> shift & (kSampleBins - 1) : kNone;
           },
           goal);
@@ -653,19 +705,19 @@ class RowSampler {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for (int tile = static_cast<int>(threadIdx.x / 32); tile < tiles_; tile += kSampleWarps) {
       uint64_t own = 0;
-      const int count = static_cast<int>(scratch_.tile_count[tile]);
+      const int count = static_cast<int>(scratch_.tiles[tile].left);
 #pragma unroll 4
       for (int j = lane; j < count; j += 32) own += mass_left(tile, j, count);
       own = warp_sum(own);
-      if (lane == 0) scratch_.tile_mass[tile] = own;
+      if (lane == 0) scratch_.tiles[tile].mass = own;
     }
     __syncthreads();
   }
   SIMT_FN uint64_t mass_left(int tile, int j, int count) const {
     if (j >= count) return 0;
-    const int64_t place = int64_t{tile} * kSampleTile + j;
+    const int place = tile * kSampleTile + j;
     const uint64_t mass = scratch_.mass[place];
-    return stays(scratch_.keys[place], place) ? mass : 0;
+    return stays(scratch_.left, scratch_.left.keys[place], place) ? mass : 0;
   }
 
   // The first id, in the order of the vocabulary, where the running mass exceeds u * total, u = (2
@@ -673,21 +725,21 @@ class RowSampler {
   SIMT_FN int64_t invert() {
     const int lane = static_cast<int>(threadIdx.x % 32);
     uint64_t total = 0;
-    for (int t = lane; t < tiles_; t += 32) total += scratch_.tile_mass[t];
+    for (int t = lane; t < tiles_; t += 32) total += scratch_.tiles[t].mass;
     total = warp_sum(total);
     const uint64_t u = 2 * uint64_t{options_.word} + 1;
     uint64_t rest = __umul64hi(u, total) << 31 | u * total >> 33;
     int tile = 0;
-    for (uint64_t mass; rest >= (mass = scratch_.tile_mass[tile]); ++tile) rest -= mass;
+    for (uint64_t mass; rest >= (mass = scratch_.tiles[tile].mass); ++tile) rest -= mass;
     // A thread's share is its eight tokens, or as much of the list.
-    const int count = filtered_ ? static_cast<int>(scratch_.tile_count[tile]) : kSampleTile;
+    const int count = filtered_ ? static_cast<int>(scratch_.tiles[tile].left) : kSampleTile;
     const int each = (count + kSampleThreads - 1) / kSampleThreads;
     const int begin = static_cast<int>(threadIdx.x) * each;
     uint64_t own = 0;
     if (filtered_) {
       for (int j = begin; j < begin + each; ++j) own += mass_left(tile, j, count);
     } else {
-      own = scratch_.mass[int64_t{tile} * kSampleTile + threadIdx.x];
+      own = scratch_.mass[tile * kSampleTile + static_cast<int>(threadIdx.x)];
     }
     uint64_t before = block_scan(own, board_, total);
     if (before <= rest && rest < before + own) {
@@ -697,7 +749,7 @@ class RowSampler {
     __syncthreads();
     if (threadIdx.x < 32) {
       const int j = static_cast<int>(board_.chosen) * each + lane;
-      const int64_t place = int64_t{tile} * kSampleTile + j;
+      const int place = tile * kSampleTile + j;
       uint64_t mass[1] = {0};
       if (filtered_) {
         if (lane < each) mass[0] = mass_left(tile, j, count);
@@ -714,7 +766,7 @@ class RowSampler {
       }
       sum += board_.before;
       if (sum - mass[0] <= rest && rest < sum) {
-        board_.inside = filtered_ ? scratch_.ids[place] : static_cast<uint64_t>(place);
+        board_.inside = filtered_ ? scratch_.left.ids[place] : static_cast<uint64_t>(place);
       }
     }
     __syncthreads();
@@ -722,10 +774,12 @@ class RowSampler {
   }
 
   const Logits logits_;
-  const SampleOptions options_;
+  const SampleOptions& options_;
   const SampleScratch<Key> scratch_;
   const int part_, parts_, tiles_;
   SampleBoard& board_;
+  Key keys_[kSampleEach];  // of tile held_
+  int held_ = -1;
   Key most_ = 0;
   Key floor_ = 0;  // keys below it are out; of those equal to it, ids above last_id_
   uint32_t last_id_ = ~0u;

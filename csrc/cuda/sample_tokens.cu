@@ -27,14 +27,13 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   const int64_t r = blockIdx.x / launch.parts;
   const int part = static_cast<int>(blockIdx.x % launch.parts);
   const double guidance = p.guidance.at(r, 1.0);
-  const SampleOptions options{p.temperature.at(r, 1.0), p.top_p.at(r, 1.0),
-                              p.top_k.at(r, int64_t{0}),
-                              philox_word(static_cast<uint64_t>(p.seed.at(r, int64_t{0})),
-                                          static_cast<uint64_t>(p.position.at(r, int64_t{0}))),
-                              launch.bits};
-  const bool meant = guidance - guidance == 0.0 &&
-                     options.temperature - options.temperature == 0.0 && options.temperature >= 0 &&
-                     options.top_k >= 0 && options.top_p >= 0 && options.top_p <= 1;
+  const SampleOptions& options = board[0].options;
+  if (threadIdx.x == 0) {
+    board[0].options = {p.temperature.at(r, 1.0), p.top_p.at(r, 1.0), p.top_k.at(r, int64_t{0}),
+                        philox_word(static_cast<uint64_t>(p.seed.at(r, int64_t{0})),
+                                    static_cast<uint64_t>(p.position.at(r, int64_t{0}))),
+                        launch.bits};
+  }
   const T* uncond = static_cast<const T*>(p.uncond);
   const RowLogits<T, N> logits{static_cast<const T*>(p.logits) + r * p.logits_strides[0],
                                uncond ? uncond + r * p.uncond_strides[0] : nullptr,
@@ -43,14 +42,16 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
                                p.vocab,
                                static_cast<Acc<T>>(guidance)};
   const SampleScratch<KeyOf<Acc<T>>> scratch = launch.scratch.row(r, launch.tiles);
-  RowSampler<RowLogits<T, N>> row(logits, options, scratch, part, static_cast<int>(launch.parts),
-                                  board[0]);
+  RowSampler<RowLogits<T, N>> row(logits, scratch, part, static_cast<int>(launch.parts), board[0]);
   row.scan();
   if (launch.parts > 1) {
     simt::grid_sync();
   } else {
     __syncthreads();
   }
+  const bool meant = guidance - guidance == 0.0 &&
+                     options.temperature - options.temperature == 0.0 && options.temperature >= 0 &&
+                     options.top_k >= 0 && options.top_p >= 0 && options.top_p <= 1;
   int64_t id = -1;
   bool writes = part == 0;
   if (meant) {
@@ -100,8 +101,8 @@ int64_t scratch_bytes(const SampleTokensParams& p) {
 }
 
 void sample_tokens(const SampleTokensParams& p, void* stream) {
-  if (p.vocab > INT32_MAX) {
-    throw std::invalid_argument("sample_tokens: V must be below 2^31");
+  if (p.vocab > INT32_MAX - kSampleTile) {  // places in a list are 32-bit
+    throw std::invalid_argument("sample_tokens: V must be below 2^31 - 4096");
   }
   dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
