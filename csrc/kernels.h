@@ -150,7 +150,7 @@ struct UnfoldHeadLayer {
   const void *attention_norm, *q, *k, *v, *o;  // [dim], [heads * head_dim, dim], [kv_heads *
                                                // head_dim, dim] twice, [dim, heads * head_dim]
   const void *ffn_norm, *gate, *up, *down;     // [dim], [hidden, dim] twice, [dim, hidden]
-  const void *q_bias, *k_bias, *v_bias;        // as many as q, k and v have rows; or null, all three
+  const void *q_bias, *k_bias, *v_bias;  // as many as q, k and v have rows; or null, all three
 };
 
 // All `window` ids of a patch, one after another, for each picture: the head's sequence is the
@@ -164,9 +164,9 @@ struct UnfoldHeadParams {
   bool persistent;     // CUDA only: one launch for all ids, instead of several for each
   const void* states;  // [rows, dim]
   int64_t states_strides[2];
-  const void *tokens, *positions;  // [vocab, dim], [window, dim], contiguous
-  const UnfoldHeadLayer* layer;    // [layers], in the host's memory
-  const void *norm, *classifier;   // [dim], [vocab, dim], contiguous
+  const void *tokens, *positions;         // [vocab, dim], [window, dim], contiguous
+  const UnfoldHeadLayer* layer;           // [layers], in the host's memory
+  const void *norm, *classifier;          // [dim], [vocab, dim], contiguous
   PerRow<int64_t> seed, position, top_k;  // position: the first of `window` draws
   PerRow<double> guidance, temperature, top_p;
   int64_t* ids;   // [pictures, window], contiguous

@@ -64,8 +64,7 @@ struct ToArray<std::vector<Tensor>> {
     std::vector<Tensor> views;
     for (py::handle each : x) {
       const std::string place = std::string(name) + "[" + std::to_string(views.size()) + "]";
-      views.push_back(
-          view_of(op, place.c_str(), py::reinterpret_borrow<py::object>(each), stream));
+      views.push_back(view_of(op, place.c_str(), py::reinterpret_borrow<py::object>(each), stream));
     }
     return views;
   }

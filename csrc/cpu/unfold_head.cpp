@@ -131,7 +131,8 @@ class UnfoldHead {
                        r += some_rows(p_.rows - r, x + r * x_step, x_step, w + from * depth, n,
                                       depth, out + r * out_step + from, out_step);
                      }
-                     if (bias) add_bias(static_cast<const T*>(bias) + from, n, out + from, out_step);
+                     if (bias)
+                       add_bias(static_cast<const T*>(bias) + from, n, out + from, out_step);
                    }
                  });
   }
@@ -181,8 +182,8 @@ class UnfoldHead {
           std::memcpy(query.data(), q_.data() + r * queries_ + h * p_.head_dim,
                       p_.head_dim * sizeof(A));
           rotate(query.data(), j);
-          mix(query.data(), cached(0, layer, r, kv), cached(1, layer, r, kv), j + 1,
-              weights.data(), sum.data());
+          mix(query.data(), cached(0, layer, r, kv), cached(1, layer, r, kv), j + 1, weights.data(),
+              sum.data());
           std::memcpy(mixed_.data() + r * mixed_step_ + h * p_.head_dim, sum.data(),
                       p_.head_dim * sizeof(A));
         }
@@ -264,8 +265,8 @@ class UnfoldHead {
   }
 
   const UnfoldHeadParams& p_;
-  const int64_t queries_, keys_;                           // columns
-  const int64_t dim_, head_, mixed_step_, hidden_step_;    // whole vectors
+  const int64_t queries_, keys_;                         // columns
+  const int64_t dim_, head_, mixed_step_, hidden_step_;  // whole vectors
   Scratch<A> x_, normed_, q_, k_, v_, mixed_, gate_, up_, added_, logits_;
   Scratch<A> cache_;  // [keys and values, layers, rows, kv_heads, window, head_]
   Scratch<A> cosines_, sines_;
@@ -274,8 +275,7 @@ class UnfoldHead {
 }  // namespace
 
 void unfold_head(const UnfoldHeadParams& p) {
-  dispatch_float(p.dtype,
-                 [&](auto tag) { UnfoldHead<typename decltype(tag)::type>(p).run(); });
+  dispatch_float(p.dtype, [&](auto tag) { UnfoldHead<typename decltype(tag)::type>(p).run(); });
 }
 
 }  // namespace synergen::cpu::SYNERGEN_ISA

@@ -37,9 +37,9 @@ void set_sampling(const char* op, Params& p, int64_t rows, const Tensor& seed,
   p.position = per_row<int64_t>(op, "position", position, rows, DType::kInt64, call, "", any);
   p.guidance =
       per_row<double>(op, "guidance", guidance, rows, DType::kFloat64, call, "finite", finite);
-  p.temperature = per_row<double>(op, "temperature", temperature, rows, DType::kFloat64, call,
-                                  "finite and >= 0",
-                                  [](double x) { return std::isfinite(x) && x >= 0; });
+  p.temperature =
+      per_row<double>(op, "temperature", temperature, rows, DType::kFloat64, call,
+                      "finite and >= 0", [](double x) { return std::isfinite(x) && x >= 0; });
   p.top_k = per_row<int64_t>(op, "top_k", top_k, rows, DType::kInt64, call, ">= 0 (0: off)",
                              [](int64_t x) { return x >= 0; });
   p.top_p = per_row<double>(op, "top_p", top_p, rows, DType::kFloat64, call, "in [0, 1]",
