@@ -69,7 +69,7 @@ SIMT_FN int64_t id_before(const Launch<T>& p, int row) {
   return p.step == 0 ? 0 : p.drawn[int64_t{p.step - 1} * p.pictures + row % p.pictures];
 }
 template <class T>
-__global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__ Launch<T> p) {
+__global__ void __launch_bounds__(kThreads, 1) embed_kernel(const __grid_constant__ Launch<T> p) {
   const int groups = (p.dim + 31) / 32;
   const int item = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x / 32);
   if (item < p.rows * groups)
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
 }
 
 template <class T, bool kPacked>
-__global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant__ Launch<T> p) {
+__global__ void __launch_bounds__(kThreads, 1) attend_kernel(const __grid_constant__ Launch<T> p) {
   attend<T, kPacked>(p, p.at_layer, p.step,
                      static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x / 32),
                      static_cast<int>(gridDim.x) * kWarps);
@@ -241,10 +241,13 @@ bool packs_all(const UnfoldHeadParams& p) {
   return fits;
 }
 
-// Rows that pass at once: what reads of the weights are shared by.
+// Rows that pass at once. Every block reads the activations of its part of the depth from the
+// second cache, rows / 16 of its bytes of weights: 64 rows in one pass would be 1 + 4 units of what
+// a pass of few rows reads, in two passes they are 2 x (1 + 2), and 16 sums a thread fewer do not
+// spill.
 template <class T>
 int64_t most_rows(const UnfoldHeadParams& p) {
-  return stream::kTensor<T, T> && packs_all<T>(p) ? 64 : 8;
+  return stream::kTensor<T, T> && packs_all<T>(p) ? kMostRows : 8;
 }
 template <class T>
 int64_t most_pictures(const UnfoldHeadParams& p) {
@@ -303,7 +306,7 @@ void run_in_stages(const UnfoldHeadParams& p, Launch<T> q, void* stream) {
   using A = Acc<T>;
   q.slots = Ring<T, kPacked, OneStage<T>>::kFewSlots;
   const dim3 threads(kThreads);
-  const size_t shared = ring_bytes(q.slots) + kSums<A> + 64 * sizeof(A);
+  const size_t shared = ring_bytes(q.slots) + kSums<A> + kMostRows * sizeof(A);
   const auto linear = [&](int kind, const void* next_norm) {
     q.kind = kind;
     q.next_norm = next_norm;
@@ -360,7 +363,7 @@ void run_at_once(const UnfoldHeadParams& p, Launch<T> q, void* stream) {
                                 std::to_string(p.layers));
   }
   for (int64_t l = 0; l < p.layers; ++l) q.layer[l] = p.layer[l];
-  const size_t rest = sizeof(SampleBoard) + 64 * sizeof(Acc<T>);
+  const size_t rest = sizeof(SampleBoard) + kMostRows * sizeof(Acc<T>);
   const auto most = static_cast<size_t>(simt::most_shared(kOp));
   q.slots = ring_bytes(R::kManySlots) + rest <= most ? R::kManySlots : R::kFewSlots;
   const size_t shared = ring_bytes(q.slots) + rest;
@@ -381,11 +384,11 @@ void run_at_once(const UnfoldHeadParams& p, Launch<T> q, void* stream) {
 template <class T, int NT, bool kPacked>
 void run(const UnfoldHeadParams& p, const Launch<T>& q, void* stream) {
   set_up(p, q, stream);
-  if (p.persistent) {
-    run_at_once<T, NT, kPacked>(p, q, stream);
-  } else {
-    run_in_stages<T, NT, kPacked>(p, q, stream);
+  // Sampling in double beside the ring wants more than 128 registers: float64 takes its stages.
+  if constexpr (!std::is_same_v<T, double>) {
+    if (p.persistent) return run_at_once<T, NT, kPacked>(p, q, stream);
   }
+  run_in_stages<T, NT, kPacked>(p, q, stream);
 }
 
 template <class T>
@@ -435,7 +438,7 @@ void run_pictures(const UnfoldHeadParams& p, int64_t first, int64_t pictures, vo
   if (!packs_all<T>(p)) {
     run<T, 1, false>(p, q, stream);
   } else if constexpr (stream::kTensor<T, T>) {
-    q.rows <= 8 ? run<T, 1, true>(p, q, stream) : run<T, 8, true>(p, q, stream);
+    q.rows <= 8 ? run<T, 1, true>(p, q, stream) : run<T, 4, true>(p, q, stream);
   } else {
     run<T, 1, true>(p, q, stream);
   }
@@ -460,7 +463,7 @@ void unfold_head(const UnfoldHeadParams& p, void* stream) {
                                 std::to_string(head::kMostWindow) + " rows, got " +
                                 std::to_string(p.window));
   }
-  constexpr int64_t kMost = 1 << 24;  // 64 rows of so many elements are numbered with 32 bits
+  constexpr int64_t kMost = 1 << 24;  // 32 rows of so many elements are numbered with 32 bits
   for (int64_t size : {p.dim, p.heads * p.head_dim, p.hidden, p.vocab}) {
     if (size > kMost) {
       throw std::invalid_argument("unfold_head: on CUDA sizes must be at most 2^24, got " +

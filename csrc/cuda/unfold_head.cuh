@@ -28,6 +28,7 @@ namespace synergen::cuda::head {
 
 constexpr int kThreads = kSampleThreads, kWarps = kThreads / 32;
 constexpr int kMostLayers = 16;  // whose pointers travel with the single launch
+constexpr int kMostRows = 32;    // of a pass
 constexpr int kMostWindow = 32;  // a lane to a position
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -233,9 +234,7 @@ SIMT_FN void product(R& ring, const Part<T>& part, const T* x, int k, int rows,
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
   simt::Words words[2];
   if constexpr (stream::kTensor<T, T>) {
-    int row[NT];
-#pragma unroll
-    for (int i = 0; i < NT; ++i) row[i] = min(8 * i + g, rows - 1) * k;
+    const T* first = x + g * k;  // row g; the others are 8 rows apart
 #pragma unroll 1
     for (int at = part.begin + t * kEach; at - t * kEach < part.end; at += kChunk) {
       ring.take(words);
@@ -245,7 +244,9 @@ SIMT_FN void product(R& ring, const Part<T>& part, const T* x, int k, int rows,
 #pragma unroll
       for (int i = 0; i < NT; ++i) {
         if (8 * i >= rows) break;
-        const auto pack = stream::load_activations<8, kPacked>(x + row[i], 1, at, part.end);
+        // A row past the last is zeros.
+        const int end = 8 * i + g < rows ? part.end : 0;
+        const auto pack = stream::load_activations<8, kPacked>(first + 8 * i * k, 1, at, end);
         simt::Words b;
         memcpy(&b, &pack, sizeof(b));
         stream::mma<T>(sum[i], a[0], b.v[0], b.v[1]);
