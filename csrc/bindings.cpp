@@ -59,6 +59,12 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "sample_tokens(Tensor logits, Tensor seed, Tensor position, Tensor? uncond_logits=None, "
       "Tensor? guidance=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "unfold_head(Tensor states, Tensor tokens, Tensor positions, Tensor[] layers, "
+      "Tensor[] biases, Tensor norm, Tensor classifier, Tensor seed, Tensor position, "
+      "Tensor? guidance=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
+      "float eps=1e-5, float theta=1e6, int heads=1, int kv_heads=1, bool persistent=False) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
@@ -79,6 +85,7 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
   m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
   m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
+  m.impl("unfold_head", SYNERGEN_TORCH_OP(unfold_head));
 }
 
 // Ops without a CUDA kernel run their reference on CUDA tensors: synergen_ext/ops/_backend.py
@@ -102,6 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
   m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
   m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
   m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
+  m.impl("unfold_head", SYNERGEN_TORCH_OP(unfold_head));
 }
 #endif
 

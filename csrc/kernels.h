@@ -201,52 +201,84 @@ struct SampleTokensParams {
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
-#define SYNERGEN_CPU_KERNELS(X)                      \
-  X(rms_norm, RmsNormParams)                         \
-  X(rms_norm_backward, RmsNormBackwardParams)        \
-  X(rope, RopeParams)                                \
-  X(fold_tokens, FoldTokensParams)                   \
-  X(fold_tokens_backward, FoldTokensBackwardParams)  \
-  X(fold_ids, FoldIdsParams)                         \
-  X(expert_ffn, ExpertFfnParams)                     \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)    \
-  X(expert_ffn_quantized, ExpertFfnQuantizedParams)  \
-  X(sample_tokens, SampleTokensParams)               \
-  X(add_rms_norm, AddRmsNormParams)                  \
-  X(add_rms_norm_backward, AddRmsNormBackwardParams) \
-  X(decode_attention, DecodeAttentionParams)         \
-  X(linear_cross_entropy, LinearCrossEntropyParams)  \
-  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams)
+// The matrices of one layer of the unfolding head, [out, in], and what goes with them; contiguous.
+struct UnfoldHeadLayer {
+  const void *attention_norm, *q, *k, *v, *o;  // [dim], [heads * head_dim, dim], [kv_heads *
+                                               // head_dim, dim] twice, [dim, heads * head_dim]
+  const void *ffn_norm, *gate, *up, *down;     // [dim], [hidden, dim] twice, [dim, hidden]
+  const void *q_bias, *k_bias, *v_bias;  // as many as q, k and v have rows; or null, all three
+};
 
-#define SYNERGEN_CUDA_KERNELS(X)                     \
-  X(rms_norm, RmsNormParams)                         \
-  X(rms_norm_backward, RmsNormBackwardParams)        \
-  X(rope, RopeParams)                                \
-  X(fold_tokens, FoldTokensParams)                   \
-  X(fold_tokens_backward, FoldTokensBackwardParams)  \
-  X(fold_ids, FoldIdsParams)                         \
-  X(expert_ffn, ExpertFfnParams)                     \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)    \
-  X(expert_ffn_quantized, ExpertFfnQuantizedParams)  \
-  X(sample_tokens, SampleTokensParams)               \
-  X(add_rms_norm, AddRmsNormParams)                  \
-  X(add_rms_norm_backward, AddRmsNormBackwardParams) \
-  X(decode_attention, DecodeAttentionParams)         \
-  X(linear_cross_entropy, LinearCrossEntropyParams)  \
-  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams)
+// All `window` ids of a patch, one after another, for each picture: the head's sequence is the
+// backbone's state, then the embeddings of the ids drawn so far. Rows are the pictures, or, with
+// guidance, the pictures and after them the same pictures without their prompts: two rows to a
+// picture, which share its ids.
+struct UnfoldHeadParams {
+  DType dtype;  // of everything that is not an integer or a number for each picture
+  int64_t rows, pictures, dim, layers, heads, kv_heads, head_dim, hidden, window, vocab;
+  double eps, theta;
+  bool persistent;     // CUDA only: one launch for all ids, instead of several for each
+  const void* states;  // [rows, dim]
+  int64_t states_strides[2];
+  const void *tokens, *positions;         // [vocab, dim], [window, dim], contiguous
+  const UnfoldHeadLayer* layer;           // [layers], in the host's memory
+  const void *norm, *classifier;          // [dim], [vocab, dim], contiguous
+  PerRow<int64_t> seed, position, top_k;  // position: the first of `window` draws
+  PerRow<double> guidance, temperature, top_p;
+  int64_t* ids;   // [pictures, window], contiguous
+  bool* valid;    // [pictures]; false where the logits of any id gave nothing to choose from
+  void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
+};
+
+#define SYNERGEN_CPU_KERNELS(X)                                      \
+  X(rms_norm, RmsNormParams)                                         \
+  X(rms_norm_backward, RmsNormBackwardParams)                        \
+  X(rope, RopeParams)                                                \
+  X(fold_tokens, FoldTokensParams)                                   \
+  X(fold_tokens_backward, FoldTokensBackwardParams)                  \
+  X(fold_ids, FoldIdsParams)                                         \
+  X(expert_ffn, ExpertFfnParams)                                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams)                  \
+  X(sample_tokens, SampleTokensParams)                               \
+  X(add_rms_norm, AddRmsNormParams)                                  \
+  X(add_rms_norm_backward, AddRmsNormBackwardParams)                 \
+  X(decode_attention, DecodeAttentionParams)                         \
+  X(linear_cross_entropy, LinearCrossEntropyParams)                  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
+  X(unfold_head, UnfoldHeadParams)
+
+#define SYNERGEN_CUDA_KERNELS(X)                                     \
+  X(rms_norm, RmsNormParams)                                         \
+  X(rms_norm_backward, RmsNormBackwardParams)                        \
+  X(rope, RopeParams)                                                \
+  X(fold_tokens, FoldTokensParams)                                   \
+  X(fold_tokens_backward, FoldTokensBackwardParams)                  \
+  X(fold_ids, FoldIdsParams)                                         \
+  X(expert_ffn, ExpertFfnParams)                                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams)                  \
+  X(sample_tokens, SampleTokensParams)                               \
+  X(add_rms_norm, AddRmsNormParams)                                  \
+  X(add_rms_norm_backward, AddRmsNormBackwardParams)                 \
+  X(decode_attention, DecodeAttentionParams)                         \
+  X(linear_cross_entropy, LinearCrossEntropyParams)                  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
+  X(unfold_head, UnfoldHeadParams)
 
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
-#define SYNERGEN_CUDA_SCRATCH(X)                     \
-  X(rms_norm_backward, RmsNormBackwardParams)        \
-  X(fold_tokens_backward, FoldTokensBackwardParams)  \
-  X(expert_ffn, ExpertFfnParams)                     \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)    \
-  X(expert_ffn_quantized, ExpertFfnQuantizedParams)  \
-  X(sample_tokens, SampleTokensParams)               \
-  X(add_rms_norm_backward, AddRmsNormBackwardParams) \
-  X(decode_attention, DecodeAttentionParams)         \
-  X(linear_cross_entropy, LinearCrossEntropyParams)  \
-  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams)
+#define SYNERGEN_CUDA_SCRATCH(X)                                     \
+  X(rms_norm_backward, RmsNormBackwardParams)                        \
+  X(fold_tokens_backward, FoldTokensBackwardParams)                  \
+  X(expert_ffn, ExpertFfnParams)                                     \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
+  X(expert_ffn_quantized, ExpertFfnQuantizedParams)                  \
+  X(sample_tokens, SampleTokensParams)                               \
+  X(add_rms_norm_backward, AddRmsNormBackwardParams)                 \
+  X(decode_attention, DecodeAttentionParams)                         \
+  X(linear_cross_entropy, LinearCrossEntropyParams)                  \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
+  X(unfold_head, UnfoldHeadParams)
 
 // cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
 // hold the same sources.

@@ -90,11 +90,17 @@ class Emulated:
 
     def _call(self, op: str, args: tuple[Any, ...]) -> Any:
         """Results in fresh tensors that hold NaN (or -1), so an element left unwritten shows."""
-        shapes = getattr(torch.ops.synergen, op)(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        shapes = getattr(torch.ops.synergen, op)(*map(_without_data, args))
         many = isinstance(shapes, tuple)
         out = tuple(_unwritten(s) for s in (shapes if many else (shapes,)))
         getattr(self.module, op)(*args, out=out if many else out[0])
         return out if many else out[0]
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_data(v) for v in value]
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _unwritten(shape: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ rms_norm = _kernels.rms_norm
 rms_norm_backward = _kernels.rms_norm_backward
 rope = _kernels.rope
 sample_tokens = _kernels.sample_tokens
+unfold_head = _kernels.unfold_head
 unfold_ids = _kernels.unfold_ids
 
 __all__ = [
@@ -50,5 +51,6 @@ __all__ = [
     "rms_norm_backward",
     "rope",
     "sample_tokens",
+    "unfold_head",
     "unfold_ids",
 ]

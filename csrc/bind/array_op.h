@@ -56,6 +56,19 @@ struct ToArray<std::optional<Tensor>> {
     return x.is_none() ? std::nullopt : std::optional<Tensor>(view_of(op, name, x, stream));
   }
 };
+template <>
+struct ToArray<std::vector<Tensor>> {
+  using type = py::sequence;
+  static std::vector<Tensor> in(const char* op, const char* name, const py::sequence& x,
+                                int64_t stream) {
+    std::vector<Tensor> views;
+    for (py::handle each : x) {
+      const std::string place = std::string(name) + "[" + std::to_string(views.size()) + "]";
+      views.push_back(view_of(op, place.c_str(), py::reinterpret_borrow<py::object>(each), stream));
+    }
+    return views;
+  }
+};
 
 template <class F>
 struct ArrayOp;

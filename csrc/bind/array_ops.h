@@ -43,6 +43,12 @@ inline void define_array_ops(py::module_& kernels) {
                     arg("uncond_logits") = py::none(), arg("guidance") = py::none(),
                     arg("temperature") = py::none(), arg("top_k") = py::none(),
                     arg("top_p") = py::none());
+  SYNERGEN_ARRAY_OP(kernels, unfold_head, arg("states"), arg("tokens"), arg("positions"),
+                    arg("layers"), arg("biases"), arg("norm"), arg("classifier"), arg("seed"),
+                    arg("position"), arg("guidance") = py::none(), arg("temperature") = py::none(),
+                    arg("top_k") = py::none(), arg("top_p") = py::none(), arg("eps") = 1e-5,
+                    arg("theta") = 1e6, arg("heads") = 1, arg("kv_heads") = 1,
+                    arg("persistent") = false);
 }
 
 }  // namespace synergen::bind

@@ -122,6 +122,15 @@ struct ToTorch<std::optional<Tensor>> {
     return x ? std::optional<Tensor>(view_of(*x)) : std::nullopt;
   }
 };
+template <>
+struct ToTorch<std::vector<Tensor>> {
+  using type = std::vector<TorchTensor>;
+  static std::vector<Tensor> in(const std::vector<TorchTensor>& x) {
+    std::vector<Tensor> views;
+    for (const TorchTensor& each : x) views.push_back(view_of(each));
+    return views;
+  }
+};
 template <class... Ts>
 struct ToTorch<std::tuple<Ts...>> {
   using type = std::tuple<typename ToTorch<Ts>::type...>;

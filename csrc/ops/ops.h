@@ -65,4 +65,12 @@ std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const
                                          const std::optional<Tensor>& top_k,
                                          const std::optional<Tensor>& top_p);
 
+std::tuple<Tensor, Tensor> unfold_head(
+    Call& call, const Tensor& states, const Tensor& tokens, const Tensor& positions,
+    const std::vector<Tensor>& layers, const std::vector<Tensor>& biases, const Tensor& norm,
+    const Tensor& classifier, const Tensor& seed, const Tensor& position,
+    const std::optional<Tensor>& guidance, const std::optional<Tensor>& temperature,
+    const std::optional<Tensor>& top_k, const std::optional<Tensor>& top_p, double eps,
+    double theta, int64_t heads, int64_t kv_heads, bool persistent);
+
 }  // namespace synergen

@@ -1,31 +1,9 @@
 #include <algorithm>
-#include <cmath>
 
 #include "ops/ops.h"
+#include "ops/sampling.h"
 
 namespace synergen {
-namespace {
-
-// An argument of shape [R], or [] for all rows alike, or none. ok(value) is false for what cannot
-// be meant; a CUDA kernel cannot look first and calls such a row invalid.
-template <class T, class F>
-PerRow<T> per_row(const char* name, const std::optional<Tensor>& t, int64_t rows, DType dtype,
-                  Call& call, const char* wanted, const F& ok) {
-  if (!t) return {};
-  check_dtype("sample_tokens", name, *t, {dtype});
-  check_same_device("sample_tokens", name, *t, call);
-  if (t->dim() != 0) check_shape("sample_tokens", name, *t, "[] or [R]", {rows});
-  const PerRow<T> values{t->ptr<T>(), t->dim() ? t->stride(0) : 0};
-  for (int64_t r = 0; !call.device.cuda && r < (t->dim() ? rows : 1); ++r) {
-    const T value = values.at(r, T{});
-    if (!ok(value)) {
-      refuse("sample_tokens: ", name, " must be ", wanted, ", got ", value, " in row ", r);
-    }
-  }
-  return values;
-}
-
-}  // namespace
 
 // logits and uncond_logits [R, V], seed [R], the rest [R] or [] -> ids int64 [R], valid bool [R]
 std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const Tensor& seed,
@@ -53,20 +31,7 @@ std::tuple<Tensor, Tensor> sample_tokens(Call& call, const Tensor& logits, const
     p.uncond = uncond_logits->data;
     std::copy_n(uncond_logits->strides.begin(), 2, p.uncond_strides);
   }
-  check_shape(op, "seed", seed, "[R]", {p.rows});
-  const auto any = [](int64_t) { return true; };
-  const auto finite = [](double x) { return std::isfinite(x); };
-  p.seed = per_row<int64_t>("seed", seed, p.rows, DType::kInt64, call, "", any);
-  p.position = per_row<int64_t>("position", position, p.rows, DType::kInt64, call, "", any);
-  p.guidance =
-      per_row<double>("guidance", guidance, p.rows, DType::kFloat64, call, "finite", finite);
-  p.temperature =
-      per_row<double>("temperature", temperature, p.rows, DType::kFloat64, call, "finite and >= 0",
-                      [](double x) { return std::isfinite(x) && x >= 0; });
-  p.top_k = per_row<int64_t>("top_k", top_k, p.rows, DType::kInt64, call, ">= 0 (0: off)",
-                             [](int64_t x) { return x >= 0; });
-  p.top_p = per_row<double>("top_p", top_p, p.rows, DType::kFloat64, call, "in [0, 1]",
-                            [](double x) { return x >= 0 && x <= 1; });
+  set_sampling(op, p, p.rows, seed, position, guidance, temperature, top_k, top_p, call);
 
   Tensor ids = call.empty("ids", {p.rows}, DType::kInt64);
   Tensor valid = call.empty("valid", {p.rows}, DType::kBool);

@@ -209,6 +209,14 @@ int64_t resident_blocks(const char* op, void (*kernel)(P), dim3 block,
   return int64_t{each} * multiprocessors;
 }
 
+// Bytes of shared memory that a block may ask for.
+inline int64_t most_shared(const char* op) {
+  int device = 0, bytes = 0;
+  cuda::check(cudaGetDevice(&device), op);
+  cuda::check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op);
+  return bytes;
+}
+
 // All blocks are resident at once, so that grid_sync works; CUDA refuses a grid too large for that.
 template <class P>
 void launch_cooperative(const char* op, void (*kernel)(P), dim3 grid, dim3 block,

@@ -20,6 +20,7 @@ from .reference import dequantize_weight, quantize_weight
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .sample_tokens import sample_tokens
+from .unfold_head import unfold_head
 
 __all__ = [
     "add_rms_norm",
@@ -38,5 +39,6 @@ __all__ = [
     "rope",
     "sample_tokens",
     "set_backend",
+    "unfold_head",
     "unfold_ids",
 ]

@@ -4,6 +4,8 @@
 those of the public functions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from .reference import (
     rope,
     sample_tokens,
     unfold_ids,
+    unfold_patch,
 )
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample_tokens",
+    "unfold_head",
     "unfold_ids",
 ]
 
@@ -113,3 +117,30 @@ def linear_cross_entropy(
     logits = F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def unfold_head(
+    states: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    layers: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm: Tensor,
+    classifier: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    guidance: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    eps: float = 1e-5,
+    theta: float = 1e6,
+    heads: int,
+    kv_heads: int,
+    persistent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return unfold_patch(
+        states, tokens, positions, layers, biases, norm, classifier, seed, position, eps, theta, heads, kv_heads,
+        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
+    )  # fmt: skip

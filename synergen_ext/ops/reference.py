@@ -1,6 +1,8 @@
 """Every op again in plain, differentiable PyTorch: same names and signatures, slow and clear; the
 truth in tests."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -390,3 +392,86 @@ def sample_tokens(
     drawn = (cdf > torch.tensor(threshold, device=logits.device)[:, None]).byte().argmax(-1)
     ids = torch.where(t[:, 0] == 0, (mixed == most).byte().argmax(-1), drawn)
     return torch.where(valid, ids, 0), valid
+
+
+def unfold_patch(
+    states: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    layers: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm: Tensor,
+    classifier: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    eps: float,
+    theta: float,
+    heads: int,
+    kv_heads: int,
+    **sampling: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`unfold_head` in the precision of its arguments."""
+    n, window = len(seed), len(positions)
+    caches: list[list[Tensor]] = [[] for _ in range(len(layers) // 9 * 2)]  # keys and values of each layer
+    ids, valid = seed.new_empty(n, window), torch.ones(n, dtype=torch.bool, device=seed.device)
+    x = states
+    for j in range(window):
+        x = x + positions[j]
+        at = torch.full((1,), j, device=seed.device)
+        for layer in range(len(layers) // 9):
+            attention_norm, wq, wk, wv, wo, ffn_norm, gate, up, down = layers[9 * layer : 9 * layer + 9]
+            bq, bk, bv = biases[3 * layer : 3 * layer + 3] or (None, None, None)
+            h = rms_norm(x, attention_norm, eps)
+            q, k, v = (
+                F.linear(h, w, b).view(len(x), 1, count, -1)
+                for w, b, count in ((wq, bq, heads), (wk, bk, kv_heads), (wv, bv, kv_heads))
+            )
+            q, k = rope(q, k, at, theta)
+            keys, values = caches[2 * layer : 2 * layer + 2]
+            keys.append(k)
+            values.append(v)
+            q, k, v = (a.transpose(1, 2) for a in (q, torch.cat(keys, 1), torch.cat(values, 1)))  # [R, H, T, Dh]
+            mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            x = x + F.linear(mixed.flatten(1), wo)
+            h = rms_norm(x, ffn_norm, eps)
+            x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+        logits = F.linear(rms_norm(x, norm, eps), classifier)
+        ids[:, j], good = sample_tokens(
+            logits[:n],
+            seed,
+            position + j,
+            uncond_logits=logits[n:] if len(logits) > n else None,
+            **sampling,  # type: ignore[arg-type]
+        )
+        valid &= good
+        x = tokens[ids[:, j].repeat(len(logits) // max(n, 1))]
+    return ids, valid
+
+
+def unfold_head(
+    states: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    layers: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm: Tensor,
+    classifier: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    guidance: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    eps: float = 1e-5,
+    theta: float = 1e6,
+    heads: int,
+    kv_heads: int,
+    persistent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`persistent` changes nothing here."""
+    states, tokens, positions, norm, classifier = map(_wide, (states, tokens, positions, norm, classifier))
+    return unfold_patch(
+        states, tokens, positions, [_wide(t) for t in layers], [_wide(t) for t in biases], norm, classifier, seed,
+        position, eps, theta, heads, kv_heads, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p,
+    )  # fmt: skip

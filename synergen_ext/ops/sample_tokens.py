@@ -73,10 +73,10 @@ def sample_tokens(
         seed,
         position,
         None if uncond_logits is None else uncond_logits.detach(),
-        _as_tensor("guidance", guidance, 1.0, torch.float64, logits.device),
-        _as_tensor("temperature", temperature, 1.0, torch.float64, logits.device),
-        _as_tensor("top_k", top_k, 0, torch.int64, logits.device),
-        _as_tensor("top_p", top_p, 1.0, torch.float64, logits.device),
+        as_tensor("sample_tokens", "guidance", guidance, 1.0, torch.float64, logits.device),
+        as_tensor("sample_tokens", "temperature", temperature, 1.0, torch.float64, logits.device),
+        as_tensor("sample_tokens", "top_k", top_k, 0, torch.int64, logits.device),
+        as_tensor("sample_tokens", "top_p", top_p, 1.0, torch.float64, logits.device),
     )
 
 
@@ -89,13 +89,14 @@ _MEANT: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def _as_tensor(
-    name: str, value: float | Tensor, default: float, dtype: torch.dtype, device: torch.device
+def as_tensor(
+    op: str, name: str, value: float | Tensor, default: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
+    """An option of sampling as an op takes it; None where it is the default."""
     if not isinstance(value, Tensor):
         wanted, meant = _MEANT[name]
         if device.type != "cpu" and not meant(value):
-            raise ValueError(f"sample_tokens: {name} must be {wanted}, got {value}")
+            raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
         # Filled on the device: a copy from the host would make the host wait.
         return None if value == default else torch.full((), value, dtype=dtype, device=device)
     same_kind = value.is_floating_point() == dtype.is_floating_point
