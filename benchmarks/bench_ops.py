@@ -194,6 +194,41 @@ def linear_cross_entropy(rows: int, dim: int, vocab: int, dtype: torch.dtype, tr
     )
 
 
+def unfold_head(
+    pictures: int, dim: int, hidden: int, heads: tuple[int, int], head_dim: int, layers: int, window: int, vocab: int,
+    dtype: torch.dtype,
+) -> Work:  # fmt: skip
+    """Guided: two rows to a picture. Every step reads all weights."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns).mul_(1.5 * columns**-0.5).to(dtype)
+
+    q, kv, one = heads[0] * head_dim, heads[1] * head_dim, torch.ones(dim, dtype=dtype)
+    stack = [
+        w for _ in range(layers)
+        for w in (one, matrix(q, dim), matrix(kv, dim), matrix(kv, dim), matrix(dim, q), one,
+                  matrix(hidden, dim), matrix(hidden, dim), matrix(dim, hidden))
+    ]  # fmt: skip
+    states, seed = normal(2 * pictures, dim, dtype=dtype), torch.arange(pictures)
+    tokens, positions, classifier = matrix(vocab, dim), matrix(window, dim), matrix(vocab, dim)
+    options: dict[str, Any] = dict(guidance=3.0, heads=heads[0], kv_heads=heads[1])
+
+    def patch(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda states, seed: function(
+            states, tokens, positions, stack, [], one, classifier, seed, seed * window, **options
+        )
+
+    return Work(
+        (states, seed),
+        patch(ops.unfold_head),
+        patch(eager.unfold_head),
+        patch(reference.unfold_head),
+        bytes=window * size(*stack, classifier),
+        flops=2 * 2 * pictures * window * sum(w.numel() for w in (*stack, classifier)),
+        exact=True,
+    )
+
+
 F32, BF16 = torch.float32, torch.bfloat16
 CASES: dict[str, dict[str, Callable[[], Work]]] = {
     "rms_norm": {
@@ -258,6 +293,10 @@ CASES: dict[str, dict[str, Callable[[], Work]]] = {
         "paper-1-top-p": lambda: sample_tokens(1, 32768, F32, top_p=0.95),
         "paper-16-guided": lambda: sample_tokens(16, 32768, F32, guidance=7.5, top_k=2000),
         "paper-16-all": lambda: sample_tokens(16, 32768, F32, guidance=7.5, temperature=0.9, top_k=2000, top_p=0.95),
+    },
+    "unfold_head": {
+        "demo-1": lambda: unfold_head(1, 256, 576, (4, 2), 64, 2, 8, 1024, F32),
+        "paper-1-bf16": lambda: unfold_head(1, 2048, 8192, (16, 8), 128, 4, 16, 32768, BF16),
     },
 }
 

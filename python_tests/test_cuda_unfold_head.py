@@ -64,3 +64,65 @@ def test_unfold_head_rows(emulated, pictures, guided):
         check(emulated, args)
     for args in both(min(pictures, 9), guided, torch.float32, layers=1, window=2, guidance=1.5):
         check(emulated, args)
+
+
+def test_unfold_head_layouts_and_options_by_picture(emulated):
+    for args in both(5, True, torch.float32, layers=1, window=2):
+        options = (
+            torch.tensor([1.0, 0.0, 2.5, -1.0, 7.0]).double(), torch.tensor([1.0, 0.0, 0.5, 3.0, 1.0]).double(),
+            torch.tensor([0, 3, 1, 90, 1000]), torch.tensor([1.0, 0.0, 0.7, 0.2, 0.999]).double(),
+        )  # fmt: skip
+        args = (*args[:9], *options, *args[13:])
+        ids = check(emulated, args)
+        moved = [laid_out(a, "stepped") if i in (0, 7, 8, 9, 10, 11, 12) else a for i, a in enumerate(args)]
+        assert torch.equal(check(emulated, moved), ids)
+
+
+def test_unfold_head_rows_without_an_answer(emulated):
+    """NaN at the first id alone: without layers no later one looks back. And options that cannot be meant."""
+    for args in both(3, False, torch.float32, layers=0):
+        clean, _ = emulated.unfold_head(*args)
+        args[0][1] = torch.nan
+        ids, valid = emulated.unfold_head(*args)
+        assert valid.tolist() == [True, False, True] and ids[1, 0] == 0
+        assert torch.equal(ids[::2], clean[::2])
+    for wrong in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=1.5)):
+        for args in both(2, False, torch.float32, layers=1, window=2, **wrong):
+            ids, valid = emulated.unfold_head(*args)
+            assert not ids.any() and not valid.any()
+
+
+def test_unfold_head_weights_that_are_not_aligned(emulated):
+    for place in range(1, 9):
+        args = head_args(1, False, torch.bfloat16, layers=1, window=1, persistent=bool(place % 2))
+        weight = args[3][place]
+        args[3][place] = weight.new_zeros(weight.numel() + 1)[1:].view(weight.shape).copy_(weight)
+        check(emulated, args)
+
+
+def test_unfold_head_long_heads(emulated):
+    """More pairs in a head than travel with one launch of setup, and a head that no 16 bytes divide."""
+    for args in both(1, False, torch.float32, heads=1, kv_heads=1, head_dim=516, layers=1, window=3, hidden=8):
+        check(emulated, args)
+    for args in both(1, False, torch.float32, dim=16, heads=2, kv_heads=1, head_dim=6, layers=1, window=3, hidden=8):
+        check(emulated, args)
+
+
+def test_unfold_head_windows(emulated):
+    for window in (1, 3, 16, 32):
+        check(emulated, head_args(1, False, torch.float32, window=window, layers=1, dim=8, hidden=8, vocab=9))
+    with pytest.raises(ValueError, match="unfold_head: on CUDA positions may have 32 rows, got 33"):
+        emulated.unfold_head(*head_args(1, False, window=33))
+
+
+def test_unfold_head_persistent_wants_few_layers(emulated):
+    with pytest.raises(ValueError, match="unfold_head: layers must be at most 16 where persistent, got 17"):
+        emulated.unfold_head(*head_args(1, False, layers=17, dim=8, hidden=8, window=1, persistent=True))
+    check(emulated, head_args(1, False, layers=17, dim=8, hidden=8, window=1))
+
+
+def test_unfold_head_with_a_vocabulary_of_several_tiles(emulated):
+    """Several blocks draw an id of one picture; of seven pictures each is one block's."""
+    for pictures in (1, 7):
+        for args in both(pictures, False, torch.float32, layers=0, dim=8, window=2, vocab=9000, top_k=50):
+            check(emulated, args)

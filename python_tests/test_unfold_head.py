@@ -51,8 +51,9 @@ def test_ids_are_the_oracles(preset, guided, sampling, dtype):
 
 
 @pytest.mark.parametrize("sizes", [
-    dict(), dict(dim=37, hidden=29, head_dim=6, vocab=61), dict(dim=1, heads=1, kv_heads=1, head_dim=2, hidden=1, vocab=3),
-    dict(layers=0), dict(window=1), dict(dim=100, hidden=300, head_dim=34, window=7, vocab=130),
+    dict(), dict(dim=37, hidden=29, head_dim=6, vocab=61), dict(layers=0),
+    dict(dim=1, heads=1, kv_heads=1, head_dim=2, hidden=1, vocab=3),
+    dict(window=1), dict(dim=100, hidden=300, head_dim=34, window=7, vocab=130),
 ], ids=str)  # fmt: skip
 def test_odd_sizes(sizes, dtype, device):
     for pictures, guided in ((1, True), (5, False), (9, True)):
@@ -190,8 +191,10 @@ def test_compile(dynamic):
         (lambda a: {1: a[1].T.contiguous().T}, r"tokens must be contiguous, got strides \[1, 100\]"),
         (lambda a: {2: a[2][0]}, r"positions must be \[W, D\], got \[32\]"),
         (lambda a: {3: a[3][1:]}, "layers must be 9 tensors a layer, got 17"),
-        (lambda a: {3: [*a[3][:4], a[3][4].T[:8], *a[3][5:]]}, r"layers\[4\] must be \[D, heads \* Dh\] = \[32, 32\], got \[8, 32\]"),
-        (lambda a: {3: [a[3][0], a[3][1][:7], *a[3][2:]]}, r"layers\[1\] must be \[heads \* Dh, D\] with Dh even, got \[7, 32\] for 4 heads"),
+        (lambda a: {3: [*a[3][:4], a[3][4][:8], *a[3][5:]]},
+         r"layers\[4\] must be \[D, heads \* Dh\] = \[32, 32\], got \[8, 32\]"),
+        (lambda a: {3: [a[3][0], a[3][1][:7], *a[3][2:]]},
+         r"layers\[1\] must be \[heads \* Dh, D\] with Dh even, got \[7, 32\] for 4 heads"),
         (lambda a: {4: a[4][:2]}, "biases must be none, or 3 tensors a layer = 6, got 2"),
         (lambda a: {4: [*a[4][:5], a[4][0]]}, r"biases\[5\] must be \[kv_heads \* Dh\] = \[16\], got \[32\]"),
         (lambda a: {5: a[5][:8]}, r"norm must be \[D\] = \[32\], got \[8\]"),

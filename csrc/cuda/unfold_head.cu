@@ -1,4 +1,4 @@
-// unfold_head on the GPU: the stages of unfold_head.cuh, as one launch each, or all of them as one
+// unfold_head on the GPU: the stages of head.cuh, as one launch each, or all of them as one
 // launch of as many blocks as fit the GPU at once, with a barrier of the grid between two stages.
 // Neither waits for the host, so a CUDA graph may capture either.
 //
@@ -23,7 +23,7 @@
 //
 // So the single launch is worth having, and is the default once a GPU has measured both.
 #include "cuda/angle.cuh"
-#include "cuda/unfold_head.cuh"
+#include "cuda/head.cuh"
 
 namespace synergen::cuda {
 namespace head {

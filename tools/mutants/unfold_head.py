@@ -1,8 +1,8 @@
-"""unfold_head: its launches, and the stages in unfold_head.cuh."""
+"""unfold_head: its launches."""
 
 from . import planted
 
-LAUNCHES, add = planted("unfold_head.cu")
+MUTANTS, add = planted("unfold_head.cu")
 
 # Barriers of the single launch.
 add("  simt::grid_sync();\n  for (int step", "  for (int step")
@@ -19,7 +19,7 @@ add("(j * p.half + p.first + i) * 2", "(j * p.half + i) * 2")
 add("p.position.at(at % p.pictures, int64_t{0}) + at / p.pictures", "p.position.at(at % p.pictures, int64_t{0})")
 add("int64_t{p.step - 1} * p.pictures + row % p.pictures",
     "int64_t{p.step - 1} * p.pictures + row / 2")  # fmt: skip
-add("if (item < p.rows * groups) {", "if (item <= p.rows * groups) {")
+add("if (item < p.rows * groups)", "if (item <= p.rows * groups)")
 add("if (n >= p.pictures) return;", "if (n > p.pictures) return;")
 add("valid = valid && p.drawn_valid[at];", "valid = p.drawn_valid[at];")
 add("p.valid[picture] = id >= 0 && (step == 0 || p.valid[picture]);", "p.valid[picture] = id >= 0;")
@@ -30,7 +30,7 @@ add("row_at < p.rows; row_at += p.pictures", "row_at < p.pictures; row_at += p.p
 add("step + 1 < p.window && row_at", "row_at")
 add("options.temperature >= 0 && options.top_k >= 0", "options.top_k >= 0")
 add("n += stride)", "n += gridDim.x)")
-add("kind == kOut          ? w.ffn_norm", "kind == kOut          ? w.attention_norm")
+add("kind == kOut       ? w.ffn_norm", "kind == kOut       ? w.attention_norm")
 add("p.layer[l + 1].attention_norm", "p.layer[l].attention_norm")
 add("l + 1 < q.layers ? p.layer[l + 1].attention_norm : p.norm", "p.norm")
 add("item += warps)", "item += warps + 1)")
@@ -53,87 +53,3 @@ add("q.second = p.pictures * p.states_strides[0];", "q.second = pictures * p.sta
 add("q.ids = p.ids + first * p.window;", "q.ids = p.ids;")
 add("q.valid = p.valid + first;", "q.valid = p.valid;")
 add("left < most ? left : most", "most")
-
-STAGES, add = planted("unfold_head.cuh", "unfold_head.cu")
-
-# The ring.
-add("simt::cp_async_wait<kManySlots - 1>();", "simt::cp_async_wait<kManySlots>();")
-add("simt::cp_async_wait<kFewSlots - 1>();", "simt::cp_async_wait<kFewSlots>();")
-add("    simt::cp_async_commit();", "    if (at_ < end_) simt::cp_async_commit();")
-add("own_ + slot_ * kSlotBytes + kSlotBytes / 2", "own_ + slot_ * kSlotBytes")
-add("threadIdx.x / 32 * p.slots * kSlotBytes", "threadIdx.x / 32 * kSlotBytes")
-add("slot_ = slot_ + 1 == p_.slots ? 0 : slot_ + 1;", "slot_ = slot_ == p_.slots ? 0 : slot_ + 1;")
-add("const bool there = from < end_;", "const bool there = true;")
-add("w_[h] + (there ? from : at_), there);", "w_[h] + at_, there);")
-add("stream::gather_weights(w_[h], 1, from, end_)", "stream::gather_weights(w_[h], 1, from, end_ + 1)")
-add("at_ += kChunk;", "at_ += kEach;")
-add("round_ += static_cast<int>(gridDim.x);\n      begin_round();", "++round_;\n      begin_round();")
-add("      ++stage_;\n      round_ = static_cast<int>(blockIdx.x);", "      ++stage_;\n      round_ = 0;")
-add("if (stage_ == stages_.count()) return;", "")
-add("return p.layer[l < p.layers ? l : 0];", "return p.layer[0];")
-add("round_ >= rounds_of(", "round_ > rounds_of(")
-add("const bool there = tile < shape.tiles;", "const bool there = true;")
-add("warp % shape.split + 1, shape.split) : 0;", "warp % shape.split + 1, shape.split) - 8 : 0;")
-# Rows of weights.
-add("min(tile * tile_columns(kind) + g, shape.columns - 1);", "tile * tile_columns(kind) + g;")
-add("min(column + 8, shape.columns - 1) * k", "(column + 8) * k")
-add("of_kv < p.kv_heads ? w.k : w.v;", "w.k;")
-add("rows[0] + half * k", "rows[0] + k")
-# Products.
-add("const int end = 8 * i + g < rows ? part.end : 0;", "const int end = part.end;")
-add("if (8 * i >= rows) break;", "if (8 * i > rows) break;")
-add("stream::mma<T>(sum[i], a[1], b.v[2], b.v[3]);", "stream::mma<T>(sum[i], a[1], b.v[0], b.v[1]);")
-add("if (r >= rows) break;", "")
-add("total += __shfl_xor_sync(kAll, total, 2);", "")
-add("if (r / 2 == t) sum", "if (r % 4 == t) sum")
-add("    __syncthreads();  // shared may", "    // shared may")
-# Norms.
-add("static_cast<const A*>(p.squares)[tile * p.rows + row];", "static_cast<const A*>(p.squares)[tile * p.rows];")
-add("(p.dim + 15) / 16;", "p.dim / 16;")
-add("      scales[row] = A(1) / std::sqrt(sum / static_cast<A>(p.dim) + static_cast<A>(p.eps));",
-    "      scales[row] = A(1) / std::sqrt(sum / static_cast<A>(p.dim));")  # fmt: skip
-add("    }\n  }\n  __syncthreads();\n}", "    }\n  }\n}")
-add("simt::narrow<T>(value * weight);", "simt::narrow<T>(value);")
-add("if (!adds) find_scales(p, scales);", "if (kind == kQkv) find_scales(p, scales);")
-# Epilogues.
-add("a += simt::widen(static_cast<const T*>(bias)[own * p.head_dim + e]);", "")
-add("static_cast<const T*>(bias)[own * p.head_dim + half + e]", "static_cast<const T*>(bias)[own * p.head_dim + e]")
-add("if (of_kv < p.kv_heads) {\n    const A* turn", "if (of_kv < 0) {\n    const A* turn")
-add("b = b * turn[0] + a * turn[1];\n    a = turned;", "a = turned;\n    b = b * turn[0] + a * turn[1];")
-add("(step * half + e) * 2", "e * 2")
-add("(head_at * p.window + step) * p.head_dim + e", "head_at * p.window * p.head_dim + e")
-add("(int64_t{at_layer} * p.rows + row) * p.kv_heads + own", "int64_t{row} * p.kv_heads + own")
-add("if (warp % shape.split != 0 || part.tile >= shape.tiles) continue;", "if (part.tile >= shape.tiles) continue;")
-add("|| part.tile >= shape.tiles) continue;", ") continue;")
-add("if (!wanted || column + 8 * h >= p.dim) continue;", "if (!wanted) continue;")
-add("const bool wanted = row < p.rows;", "const bool wanted = true;")
-add("before + (h == 0 ? low : high)", "(h == 0 ? low : high)")
-add("for (int distance = 4; distance < 32; distance *= 2)", "for (int distance = 8; distance < 32; distance *= 2)")
-add("if (wanted && g == 0) static_cast", "if (wanted) static_cast")
-add("if (kind == kQkv && column < shape.columns)", "if (kind == kQkv)")
-add("if (kind == kHidden && column < shape.columns)", "if (kind == kHidden)")
-add("gate / (1 + std::exp(-gate)) * up", "gate / (1 + std::exp(-gate))")
-add("if (column < p.vocab) logits", "logits")
-add("if (column + 8 < p.vocab) logits", "logits")
-add("kind == kOut ? p.mixed : kind == kDown ? p.inner", 
-    "kind == kDown ? p.inner : kind == kOut ? p.scaled")  # fmt: skip
-# The rest.
-add("if (column < p.dim) {\n    const T* from", "if (column <= p.dim) {\n    const T* from")
-add("row / p.pictures * p.second", "0")
-add("column * p.states_strides[1]", "column")
-add("static_cast<const T*>(p.positions)[step * p.dim + column]", "static_cast<const T*>(p.positions)[column]")
-add("for (int distance = 8; distance > 0; distance /= 2)", "for (int distance = 16; distance > 0; distance /= 2)")
-add("if (lane % 16 == 0 && column < p.dim)", "if (lane % 16 == 0)")
-add("(32 / share) < p.window", "(32 / share) <= p.window")
-add("if (position <= step) {", "if (position < step) {")
-add("distance < share; distance *= 2", "distance < share / 2; distance *= 2")
-add("score = position <= step ? score * root : -infinity<A>();", "score = score * root;")
-add("lane % share == 0 ? mass : A(0)", "mass")
-add("kAll, weight, j * share)", "kAll, weight, j)")
-add("for (int j = 0; j <= step; ++j)", "for (int j = 0; j < step; ++j)")
-add("if (i < packs) store_pack(mixed, i, out);", "store_pack(mixed, i, out);")
-add("if (i >= packs) continue;", "")
-add("item += stride)", "item += stride + 1)")
-add("head / (p.heads / p.kv_heads)", "head % p.kv_heads")
-
-MUTANTS = LAUNCHES + STAGES
