@@ -235,7 +235,9 @@ def _transformers() -> _Known:
 def _look_at_transformers() -> _Known:
     try:
         from transformers import PreTrainedModel, __version__
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":  # one of its own requirements
+            raise
         raise ImportError("synergen_ext: needs transformers; run `pip install 'transformers>=5.7'`") from None
     try:
         from transformers.activations import SiLUActivation
