@@ -37,6 +37,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "DeepseekV2Config": {"num_experts_per_tok": 2},
     "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "Dots1Config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "Dots3NoteTextConfig": {"layer_types": ["indexed_attention", "indexed_attention"]},
     "Ernie4_5_VLMoeTextConfig": {
         "moe_intermediate_size": [16, 16],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.integrations import finegrained_fp8, moe
 from transformers.integrations.moe import use_experts_implementation
 
-from synergen_ext import ops
+from synergen_ext import bench, ops
 from synergen_ext.integrations import transformers as integration
 from synergen_ext.testing import assert_as_accurate, normal
 
@@ -605,6 +605,17 @@ def test_transformers_that_refuses_names_registered_later_is_refused(monkeypatch
     with pytest.raises(ImportError, match="refuses experts implementations that are registered at run time"):
         integration.register("later")
     assert "later" not in moe.ALL_EXPERTS_FUNCTIONS
+
+
+def test_the_benchmark_checks_then_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = bench.load_suite("experts")
+    monkeypatch.setattr(suite, "LAYERS", {"Tiny": suite.Layer(32, 24, 4, 2)})
+    rows = list(suite.rows(True, lambda *_: None))
+    assert [r.bar for r in rows if r.bar] == [">= 1.5", ">= 1.3"] and len(rows) == 2 * (1 + 3) + 2
+    assert all(r.value > 0 for r in rows) and sum(r.note == "transformers' best" for r in rows) == 2
+    monkeypatch.setattr(ops, "expert_ffn", lambda *args, right=ops.expert_ffn: right(*args) * 1.1)
+    with pytest.raises(AssertionError, match="error must be <="):
+        list(suite.rows(True, lambda *_: None))
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def _best(module: Any, hidden_states: Tensor) -> tuple[str, Callable[..., Tensor
     ragged = up.device.type == "cpu" and any(size * up.element_size() % 16 for size in sizes)
     interleaved = gated and not getattr(module, "is_concatenated", True) and not _has_own_gate(module)
     for name in names:
-        if name in functions and not ragged and not interleaved:
+        if name in functions and not ragged :
             return name, functions[name]
     return "eager", type(module).forward.__wrapped__
 
@@ -235,7 +235,9 @@ def _transformers() -> _Known:
 def _look_at_transformers() -> _Known:
     try:
         from transformers import PreTrainedModel, __version__
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":  # one of its own requirements
+            raise
         raise ImportError("synergen_ext: needs transformers; run `pip install 'transformers>=5.7'`") from None
     try:
         from transformers.activations import SiLUActivation
