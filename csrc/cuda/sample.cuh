@@ -216,7 +216,8 @@ SIMT_FN uint64_t block_join(uint64_t x, SampleBoard& board, const Join& join) {
   return x;
 }
 
-// The sum over the threads before this one; `total` over all of them.
+// The sum over the threads before this one; `total` over all of them. The caller has a barrier of
+// its own to come, before the words are written again.
 SIMT_FN uint64_t block_scan(uint64_t own, SampleBoard& board, uint64_t& total) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   uint64_t sum = own;
@@ -235,7 +236,6 @@ SIMT_FN uint64_t block_scan(uint64_t own, SampleBoard& board, uint64_t& total) {
   }
   total = __shfl_sync(0xffffffffu, warps, kSampleWarps - 1);
   const uint64_t before = __shfl_sync(0xffffffffu, warps, (warp + kSampleWarps - 1) % kSampleWarps);
-  __syncthreads();  // the words may be written again
   return sum - own + (warp > 0 ? before : 0);
 }
 
