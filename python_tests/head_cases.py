@@ -74,8 +74,10 @@ def masses_along(ids: Tensor, args: tuple, dtype: torch.dtype) -> Tensor:
 
     def forced(logits, seed, position, *, uncond_logits=None, **_):
         c = logits.double()
-        l = c if uncond_logits is None else uncond_logits.double() + options["guidance"] * (c - uncond_logits.double())
-        probabilities.append((l / options["temperature"]).softmax(-1))
+        guided = (
+            c if uncond_logits is None else uncond_logits.double() + options["guidance"] * (c - uncond_logits.double())
+        )
+        probabilities.append((guided / options["temperature"]).softmax(-1))
         return ids[:, len(probabilities) - 1], torch.ones(len(seed), dtype=torch.bool)
 
     original, reference.sample_tokens = reference.sample_tokens, forced

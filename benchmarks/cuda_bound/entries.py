@@ -4,6 +4,8 @@ To add one: a function of the card that lists its launches, and an Entry below. 
 tools/cuda_budgets.json; run tools/cuda_compiled.py --update afterwards.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 
 from .cards import Card
@@ -19,8 +21,8 @@ def rms_norm(card: Card) -> list[Launch]:
     rows, row = 8192, 2048 * 2
     # A thread asks for all its 16 bytes at once: 64 threads hold 4 x 16 bytes of 2,048 elements each.
     return [
-        Launch("rms_norm_kernel<bf16, bf16, 8>", rows, 64, dram=2 * rows * row, l2=3 * rows * row, in_flight=row,
-               others=NO_TURNS),
+        Launch("rms_norm_kernel<RmsNormParams, bf16, bf16, 8>", rows, 64, dram=2 * rows * row, l2=3 * rows * row,
+               in_flight=row, others=NO_TURNS),
     ]  # fmt: skip
 
 
@@ -28,8 +30,9 @@ def rms_norm_backward(card: Card) -> list[Launch]:
     rows, row, pieces = 8192, 2048 * 2, 512
     parts = pieces * 2048 * 4
     return [
-        Launch("rms_norm_backward_kernel<bf16, bf16, 8>", pieces, 256, dram=3 * rows * row + parts,
-               l2=4 * rows * row + parts, in_flight=2 * row, per_warp={"BAR": 4 * rows / pieces * 0.4}, others=NO_TURNS,
+        Launch("rms_norm_backward_kernel<RmsNormBackwardParams, bf16, bf16, 8>", pieces, 256,
+               dram=3 * rows * row + parts, l2=4 * rows * row + parts, in_flight=2 * row,
+               per_warp={"BAR": 4 * rows / pieces * 0.4}, others=NO_TURNS,
                waits=(rows / pieces, 0)),
         Launch("rms_norm_weight_kernel<float, bf16>", 8, 256, l2=parts, per_warp={"LDG": pieces},
                waits=(0, pieces / 4)),
@@ -68,8 +71,8 @@ def fold_tokens_backward(card: Card) -> list[Launch]:
     sort = [
         Launch("fill_keys_kernel", tokens // 256, 256, dram=3 * words),
         Launch("count_digits_kernel", tiles // 4, 128, l2=words, per_warp={"ATOMS": 32}, waits=(0, 32), times=passes),
-        Launch("scan_counts_kernel", 1, 1024, l2=3 * 256 * tiles * 4, per_warp={"LDG": 8}, waits=(0, 16),
-               times=passes),
+        Launch("fold_tokens_backward/scan_counts_kernel", 1, 1024, l2=3 * 256 * tiles * 4,
+               per_warp={"LDG": 8}, waits=(0, 16), times=passes),
         Launch("scatter_kernel", tiles // 4, 128, l2=4 * words, per_warp={"STG": 64}, waits=(0, 64), times=passes),
         Launch("find_segments_kernel", vocab // 256 + 1, 256, l2=16 * vocab * 4, per_warp={"LDG": 15}, waits=(0, 15)),
     ]  # fmt: skip
@@ -84,12 +87,217 @@ def fold_tokens_backward(card: Card) -> list[Launch]:
     ]  # fmt: skip
 
 
+# ---- add_rms_norm: x, the residual, their sum and y
+
+
+def add_rms_norm(rows: int) -> Callable[[Card], list[Launch]]:
+    def launches(card: Card) -> list[Launch]:
+        row = 2048 * 2
+        return [
+            Launch("rms_norm_kernel<AddRmsNormParams, bf16, bf16, 8>", rows, 64, dram=4 * rows * row,
+                   l2=5 * rows * row, in_flight=2 * row, others=NO_TURNS),
+        ]  # fmt: skip
+
+    return launches
+
+
+# ---- expert_ffn: D = 2048, F = 8192, bfloat16
+
+
+def expert_ffn(card: Card) -> list[Launch]:
+    tokens, dim, hidden, experts = 8192, 2048, 8192, 2
+    tiles, rows, columns, shared = tokens // 128, 128, 256, 96 << 10
+    weights, x, inner = experts * dim * hidden * 2, tokens * dim * 2, tokens * hidden * 2
+
+    def product(kernel: str, width: int, depth: int, dram: float) -> Launch:
+        blocks = tiles * width // columns
+        # Eight warps of 64 x 64: 32 mma for 16 of the depth. Tiles of one column are neighbours, so L2 serves again.
+        return Launch(f"{kernel}<TensorCores<bf16>>", blocks, 256, shared, dram=dram,
+                      l2=blocks * (rows + columns) * depth * 2 + tokens * width * 2, flops=2 * tokens * width * depth,
+                      per_warp={"HMMA": depth / 16 * 32}, in_flight=2 * 24 << 10)  # fmt: skip
+
+    small = [
+        Launch("count_pairs_kernel", tokens // 256, 32, l2=tokens * 8, per_warp={"ATOMS": 8}, waits=(1, 8)),
+        Launch("expert_ffn/scan_counts_kernel", 1, 1024, others=NO_TURNS, waits=(0, 2)),
+        Launch("scatter_pairs_kernel", tokens // 256, 32, l2=tokens * 12, per_warp={"STG": 8}, waits=(0, 9)),
+        Launch("list_tiles_kernel", 1, 1024, others=NO_TURNS, waits=(0, 2)),
+    ]
+    return [
+        *small,
+        product("gate_up_kernel", 2 * hidden, dim, 2 * weights + x + inner),
+        product("down_kernel", dim, hidden, weights + inner + x),
+    ]
+
+
+def expert_ffn_decode(weight: str, bits: float) -> Callable[[Card], list[Launch]]:
+    """Two rows of one expert. The blocks of the other expert, which nobody chose, return at once and are left out."""
+
+    def launches(card: Card) -> list[Launch]:
+        dim, hidden, warps = 2048, 8192, 16
+        matrix = dim * hidden * bits / 8
+
+        def product(down: str, dram: float, depth: int) -> Launch:
+            # 128 blocks; all warps of a block have the same 16 weight rows (down) or 8 pairs of warps have (gate, up).
+            part = depth / (16 if down == "true" else 2)
+            chunk = 4 * 128 / (16 if weight == "bf16" else 8 if weight == "signed char" else 4)
+            loop = {"HMMA": part / 16}
+            return Launch(f"ffn_kernel<bf16, {weight}, bf16, 1, true, {down}>", 128, 32 * warps, dram=dram,
+                          l2=dram + 128 * 2 * depth * 2, per_warp=loop, others=NO_TURNS,
+                          in_flight=warps * min(4, part / chunk) * 1024, waits=(2, 0))  # fmt: skip
+
+        return [product("false", 2 * matrix, dim), product("true", matrix, hidden)]
+
+    return launches
+
+
+# ---- linear_cross_entropy: 4,096 rows, D = 2048, V = 32,768, bfloat16
+
+
+def _tiles(kernel: str, high: int, wide: int, depth: int, dram: float, times: int = 1) -> Launch:
+    """A product by tiles of 128 x 256."""
+    blocks = high // 128 * wide // 256
+    return Launch(f"{kernel}<TensorCores<bf16>>", blocks, 256, 96 << 10, dram=dram, l2=blocks * 384 * depth * 2,
+                  flops=2 * high * wide * depth, per_warp={"HMMA": depth / 16 * 32}, in_flight=2 * 24 << 10,
+                  others=NO_TURNS, times=times)  # fmt: skip
+
+
+def linear_cross_entropy(card: Card) -> list[Launch]:
+    rows, dim, vocab = 4096, 2048, 32768
+    tiles = vocab // 256
+    pairs = tiles * rows * 8
+    return [
+        _tiles("logits_kernel", rows, vocab, dim, (rows + 2 * vocab) * dim * 2 + pairs),
+        Launch("join_kernel<float>", rows // 32, 256, dram=0, l2=2 * pairs, per_warp={"LDG": tiles / 8},
+               waits=(0, 2 * tiles / 8 / 4)),
+    ]  # fmt: skip
+
+
+def linear_cross_entropy_backward(card: Card) -> list[Launch]:
+    rows, dim, vocab, piece = 4096, 2048, 32768, 8192
+    pieces = vocab // piece
+    p, x, sums = rows * piece * 2, rows * dim * 2, rows * dim * 4
+    return [
+        _tiles("probabilities_kernel", rows, piece, dim, piece * dim * 2 + x + p, pieces),
+        _tiles("linear_cross_entropy_backward/input_kernel", rows, dim, piece, piece * dim * 2 + p + 2 * sums, pieces),
+        _tiles("weights_kernel", piece, dim, rows, p + x + piece * dim * 2, pieces),
+    ]
+
+
+# ---- unfold_head: 16 steps of 4 layers and a classifier of 32,768, two rows, one picture
+
+
+HEAD = {"qkv": 4096 * 2048, "out": 2048 * 2048, "hidden": 2 * 8192 * 2048, "down": 2048 * 8192}
+CLASSIFIER = 32768 * 2048
+
+
+def unfold_head_graph(card: Card) -> list[Launch]:
+    steps, layers, warps, blocks = 16, 4, 16, 128
+
+    def linear(elements: int, times: int) -> Launch:
+        each = elements * 2 / blocks / warps  # bytes of a warp: 1 KiB holds 16 rows of 32
+        return Launch("linear_kernel<bf16, 1, true>", blocks, 32 * warps, warps * 4096 + 8192, dram=elements * 2,
+                      l2=elements * 2 * 1.25, per_warp={"HMMA": each / 512}, others=NO_TURNS,
+                      in_flight=warps * min(4096, each), waits=(1, 1), times=times)  # fmt: skip
+
+    return [
+        Launch("embed_kernel<bf16>", 8, 512, l2=1 << 15, others=NO_TURNS, waits=(0, 2), times=steps),
+        Launch("attend_kernel<bf16, true>", 2, 512, l2=1 << 18, others=1, waits=(0, 3), times=steps * layers),
+        *(linear(elements, steps * layers) for elements in HEAD.values()),
+        linear(CLASSIFIER, steps),
+        replace(sample_tokens(1, False)(card)[0], kernel="sample_tokens_kernel<float, 4>", dram=0, times=steps),
+    ]
+
+
+def unfold_head_persistent(card: Card) -> list[Launch]:
+    steps, layers, warps = 16, 4, 16
+    elements = layers * sum(HEAD.values()) + CLASSIFIER
+    barriers = layers * 6 + 3  # of a step: five products and attention a layer; classify, scan, embed
+    each = steps * elements * 2 / 128 / warps
+    return [
+        Launch("all_kernel<bf16, 1, true>", card.sms, 32 * warps, (160 if card.shared_bytes > 200 << 10 else 80) << 10,
+               dram=steps * elements * 2, l2=steps * elements * 2 * 1.25, per_warp={"HMMA": each / 512},
+               others=NO_TURNS, in_flight=warps * 4096, waits=(1, steps * (layers * 7 + 12)),
+               # Each counts whole, though the ring goes on reading weights meanwhile.
+               barriers=steps * barriers),
+    ]  # fmt: skip
+
+
+# ---- decode_attention: two rows, 16 query heads, 8 key-value heads of 128
+
+
+def decode_attention(keys: int) -> Callable[[Card], list[Launch]]:
+    def launches(card: Card) -> list[Launch]:
+        rows, kv_heads, dim = 2, 8, 128
+        kernel = "decode_attention_mma_kernel<bf16, 128>"
+        whole = keys <= 512
+        spans = 1 if whole else ceil(keys / 256)
+        span = keys if whole else 256
+        warps = min(8, ceil(span / 16))
+        steps = ceil(span / 16 / warps)
+        size = 2 * rows * kv_heads * keys * dim * 2
+        blocks = rows * kv_heads * spans
+        parts = 0 if whole else rows * 16 * spans * (dim + 2) * 4
+        loops = {"HMMA": 24 * steps}
+        first = Launch(kernel, blocks, 32 * warps, dim * 16 + warps * 2 * (dim + 2) * 4, dram=size, l2=size + parts,
+                       per_warp=loops, in_flight=warps * 8192, waits=(1 + steps, 1))  # fmt: skip
+        join = Launch("decode_attention_join_kernel<bf16>", rows * 16, 128, l2=2 * parts,
+                      per_warp={"STG": 1, "LDG": spans}, waits=(0, 2 + spans / 4))  # fmt: skip
+        return [first] if whole else [first, join]
+
+    return launches
+
+
+# ---- sample_tokens: guided, 32,768 tokens, and with top-k and top-p
+
+
+def sample_tokens(rows: int, filtered: bool) -> Callable[[Card], list[Launch]]:
+    def launches(card: Card) -> list[Launch]:
+        vocab, tiles = 32768, 8
+        parts = tiles if rows * tiles <= card.sms else 1  # at one block an SM
+        turns = tiles / parts
+        logits = 2 * rows * vocab * 2
+        # The row's last block is the one that all wait for. With filters: a list, the edge by two digits at most, what
+        # is left by three; each digit three barriers and a walk over the list. Code of the other way does not run.
+        loops = {"LDG:1": 18 * turns, "BAR:1": 5 * turns * 0.6}
+        digits = {"BAR:2": 4 * 2.0, "BAR:3": 0.0, "BAR:4": 4 * 3.0, "BAR:5": 0.0} if filtered else {}
+        l2 = 2 + turns * (2 if filtered else 1) + (2 * 5 + 4 if filtered else 4)
+        return [
+            Launch("sample_tokens_kernel<bf16, 8>", rows * parts, 512, dram=logits, l2=2 * logits,
+                   per_warp={**loops, **digits}, straight=0.8 if filtered else 0.5,
+                   others=0.5 if filtered else NO_TURNS, waits=(2, l2),
+                   barriers=1 if parts > 1 else 0),
+        ]  # fmt: skip
+
+    return launches
+
+
+TWO_LAUNCHES = "two launches and their edges are 4 us, however few bits the weights have"
+
 ENTRIES = (
     Entry("rms_norm 8192 x 2048", rms_norm),
     Entry("rms_norm 8192 x 2048, backward", rms_norm_backward, None,
           why="a block takes 16 rows one after another, and 8 blocks alone add up dweight, 128 round trips to L2"),
+    Entry("add_rms_norm 8192 x 2048", add_rms_norm(8192)),
+    Entry("add_rms_norm 2 rows", add_rms_norm(2), None, why="32 KB: a launch and two round trips"),
     Entry("rope 8192 tokens", rope),
     Entry("fold_tokens 8 pictures", fold_tokens),
     Entry("fold_tokens 8 pictures, backward", fold_tokens_backward, None,
           why="64-bit divisions for every row, and a sort of 32 tiles by 8 blocks, mostly waiting"),
+    Entry("expert_ffn 2048 text + 6144 image", expert_ffn),
+    Entry("expert_ffn decode 2 rows, bf16", expert_ffn_decode("bf16", 16), at_most_ideal=1.2),
+    Entry("expert_ffn decode 2 rows, int8", expert_ffn_decode("signed char", 8), None, why=TWO_LAUNCHES),
+    Entry("expert_ffn decode 2 rows, int4", expert_ffn_decode("Nibbles", 4.25), None, why=TWO_LAUNCHES),
+    Entry("linear_cross_entropy 4096 rows", linear_cross_entropy),
+    Entry("linear_cross_entropy 4096 rows, backward", linear_cross_entropy_backward),
+    Entry("unfold_head 16 steps, 2 rows, bf16, graph", unfold_head_graph, None,
+          why="23 launches a step: 1.36 of the bytes' time, where one launch for all is 1.17"),
+    Entry("unfold_head 16 steps, 2 rows, bf16, persistent", unfold_head_persistent, at_most_ideal=1.35),
+    Entry("decode_attention 2 rows, 400 keys", decode_attention(400), None,
+          why="3.3 MB, 1 us of bandwidth: a launch and five round trips to memory"),
+    Entry("decode_attention 2 rows, 4096 keys", decode_attention(4096), None,
+          why="34 MB, 10 us of bandwidth, beside two launches"),
+    Entry("sample_tokens 16 rows", sample_tokens(16, False), None, at_most=10,
+          why="2 MB, 0.6 us of bandwidth: round trips, a barrier of the grid and float64"),
+    Entry("sample_tokens 16 rows, top-k, top-p", sample_tokens(16, True), None, at_most=16,
+          why="2 MB, 0.6 us of bandwidth: round trips, barriers and selection in one block a row"),
 )  # fmt: skip

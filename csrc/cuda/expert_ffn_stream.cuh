@@ -1,5 +1,5 @@
 // expert_ffn for few pairs of token and expert: weights stream from memory once, two launches, no
-// sort. A block takes a chunk of at most 32 pairs (16 with 4-bit weights, 8 without tensor cores)
+// sort. A block takes a chunk of at most 16 pairs (32 with 8-bit weights, 8 without tensor cores)
 // and those of them that have one expert; further chunks read the weights again, mostly from the
 // second cache.
 //

@@ -184,7 +184,7 @@ def _best(module: Any, hidden_states: Tensor) -> tuple[str, Callable[..., Tensor
     ragged = up.device.type == "cpu" and any(size * up.element_size() % 16 for size in sizes)
     interleaved = gated and not getattr(module, "is_concatenated", True) and not _has_own_gate(module)
     for name in names:
-        if name in functions and not ragged :
+        if name in functions and not ragged and not interleaved:
             return name, functions[name]
     return "eager", type(module).forward.__wrapped__
 
