@@ -74,9 +74,8 @@ def masses_along(ids: Tensor, args: tuple, dtype: torch.dtype) -> Tensor:
 
     def forced(logits, seed, position, *, uncond_logits=None, **_):
         c = logits.double()
-        guided = (
-            c if uncond_logits is None else uncond_logits.double() + options["guidance"] * (c - uncond_logits.double())
-        )
+        u = c if uncond_logits is None else uncond_logits.double()
+        guided = u + options["guidance"] * (c - u)
         probabilities.append((guided / options["temperature"]).softmax(-1))
         return ids[:, len(probabilities) - 1], torch.ones(len(seed), dtype=torch.bool)
 

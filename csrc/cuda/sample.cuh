@@ -348,7 +348,8 @@ SIMT_FN bool last_to_arrive(uint32_t* arrived, uint32_t parts, SampleBoard& boar
   return board.chosen == parts - 1;
 }
 
-template <class Logits>
+// kAhead: places of the list that a thread asks for before it waits for the first.
+template <class Logits, int kAhead = 4>
 class RowSampler {
   using A = typename Logits::A;
   using Key = KeyOf<A>;
@@ -593,7 +594,6 @@ class RowSampler {
   template <class Visit>
   SIMT_FN void for_list(bool edge, const Visit& visit) const {
     const SampleList<Key>& list = list_of(edge);
-    constexpr int kAhead = 4;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int ways = tiles_ < kSampleWarps ? kSampleWarps / tiles_ : 1;
     for (int unit = warp; unit < tiles_ * ways; unit += kSampleWarps) {

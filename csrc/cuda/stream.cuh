@@ -62,11 +62,11 @@ template <class T, class W>
 constexpr bool kTensor = sizeof(T) == 2 && !std::is_same_v<W, float>;
 
 constexpr int kRing = 4;  // chunks under way
-// The most tiles of 8 rows that a thread's registers hold; more rows are more passes. 16-bit weights
-// at 4 tiles want more than 255 (8 to 16 bytes of stack); 4-bit weights take sums since the last
-// scale besides the totals, and registers to unpack.
+// The most tiles of 8 rows that a thread's registers hold; more rows are more passes. 16-bit
+// weights at 4 tiles want more than 255 (8 to 16 bytes of stack); 4-bit weights take sums since the
+// last scale besides the totals, and registers to unpack.
 template <class T, class W>
-constexpr int kMostTiles = !kTensor<T, W>               ? 1
+constexpr int kMostTiles = !kTensor<T, W>              ? 1
                            : std::is_same_v<W, int8_t> ? 4
                                                        : 2;
 constexpr unsigned kAll = 0xffffffffu;

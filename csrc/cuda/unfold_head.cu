@@ -114,7 +114,7 @@ template <class T>
 SIMT_FN void draw_ids(const Launch<T>& p, int step, SampleBoard& board) {
   using A = Acc<T>;
   using Logits = RowLogits<A, kPack<A>>;
-  const int parts = p.sample_parts, warp = static_cast<int>(threadIdx.x / 32);
+  const int parts = p.sample_parts;
   const int first = static_cast<int>(blockIdx.x) / parts,
             part = static_cast<int>(blockIdx.x) % parts;
   const int stride = parts > 1 ? p.pictures : static_cast<int>(gridDim.x);
@@ -127,27 +127,28 @@ SIMT_FN void draw_ids(const Launch<T>& p, int step, SampleBoard& board) {
     const double guidance = p.guidance.at(picture, 1.0);
     const SampleOptions& options = board.options;
     if (threadIdx.x == 0) {
+      // Guidance that cannot be meant is a temperature that cannot.
       board.options = {
-          p.temperature.at(picture, 1.0), p.top_p.at(picture, 1.0), p.top_k.at(picture, int64_t{0}),
+          guidance - guidance == 0.0 ? p.temperature.at(picture, 1.0) : -1.0,
+          p.top_p.at(picture, 1.0), p.top_k.at(picture, int64_t{0}),
           philox_word(static_cast<uint64_t>(p.seed.at(picture, int64_t{0})),
                       static_cast<uint64_t>(p.draws[int64_t{step} * p.pictures + picture])),
           p.mass_bits};
     }
-    const int64_t guided = p.rows > p.pictures ? int64_t{p.pictures} * p.logits_step : 0;
     const A* own = logits + int64_t{picture} * p.logits_step;
-    const Logits row_logits{
-        own, guided > 0 ? own + guided : nullptr, 1, 1, p.vocab, static_cast<A>(guidance)};
+    const A* other = p.rows > p.pictures ? own + int64_t{p.pictures} * p.logits_step : nullptr;
+    const Logits row_logits{own, other, 1, 1, p.vocab, static_cast<A>(guidance)};
     const auto scratch = p.sample.row(picture, tiles);
-    RowSampler<Logits> row(row_logits, scratch, part, parts, board);
+    RowSampler<Logits, 2> row(row_logits, scratch, part, parts, board);
     if (there) row.scan();
     if (parts > 1) {
       simt::grid_sync();
     } else {
       __syncthreads();
     }
-    const bool meant =
-        guidance - guidance == 0.0 && options.temperature - options.temperature == 0.0 &&
-        options.temperature >= 0 && options.top_k >= 0 && options.top_p >= 0 && options.top_p <= 1;
+    const bool meant = options.temperature - options.temperature == 0.0 &&
+                       options.temperature >= 0 && options.top_k >= 0 && options.top_p >= 0 &&
+                       options.top_p <= 1;
     int64_t id = -1;
     bool writes = there && part == 0;
     if (there && meant) {
@@ -166,7 +167,7 @@ SIMT_FN void draw_ids(const Launch<T>& p, int step, SampleBoard& board) {
       }
       const int groups = (p.dim + 31) / 32;
       for (int row_at = picture; step + 1 < p.window && row_at < p.rows; row_at += p.pictures) {
-        for (int group = warp; group < groups; group += kWarps) {
+        for (int group = static_cast<int>(threadIdx.x / 32); group < groups; group += kWarps) {
           embed<T>(p, step + 1, drawn, row_at, group);
         }
       }

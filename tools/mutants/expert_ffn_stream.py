@@ -20,7 +20,7 @@ add("m.strides[0] + column * m.strides[1]", "m.strides[0] + column * m.strides[0
 add("expert * m.scale_strides[0]", "0")
 add("__popc(routed.pairs & ((1u << lane) - 1))", "__popc(routed.pairs & ((2u << lane) - 1))")
 add("factor[row] = weight_of<A, Out>(p, first + lane)", "factor[row] = weight_of<A, Out>(p, lane)")
-add("    __syncwarp();\n    A sum", "    A sum")
+add("  __syncwarp();\n  A sum", "  A sum")
 add("min(8 * i + g, rows - 1)", "min(8 * i + g, rows)")
 add("(kDown ? pair : pair / p.top_k)", "pair")
 add("in.x_step = p.x_strides[1];", "in.x_step = 1;")

@@ -5,11 +5,6 @@ from . import planted
 MUTANTS, add = planted("rope.cu")
 
 add("  __syncthreads();\n  for (int64_t item", "  for (int64_t item")
-add("step < 2; ++step", "step < 1; ++step")
-add("std::fma(-turns, kMiddle, std::fma(-turns, kHigh, r))", "std::fma(-turns, kHigh, r)")
-add("quarter & 2 ? -1.0 : 1.0", "quarter & 4 ? -1.0 : 1.0")
-add("(quarter + 1) & 2", "quarter & 2")
-add("const bool swap = quarter & 1;", "const bool swap = false;")
 add("token * part.heads + head) * p.dim", "token + head) * p.dim")
 add("i < launch.pairs; i += kThreads", "i + 1 < launch.pairs; i += kThreads")
 add("p.inverse ? -s : s", "s")
