@@ -147,7 +147,7 @@ def linear_cross_entropy(device: str, tiny: bool, rows: int, vocab: int, train: 
     args = (x.requires_grad_(train), weight.requires_grad_(train), targets.to(device))
     flops = (8 if train else 2) * rows * dim * vocab  # with the logits computed twice
     return Case(args, ops.linear_cross_entropy, {"torch": eager.linear_cross_entropy}, reference.linear_cross_entropy,
-                size(weight) * (3 if train else 1), flops, train, bound="linear_cross_entropy")  # fmt: skip
+                size(weight) * (3 if train else 1), flops, train)  # fmt: skip
 
 
 def sample_tokens(device: str, tiny: bool, rows: int, filtered: bool) -> Case:

@@ -241,7 +241,7 @@ def decode_attention(keys: int) -> Callable[[Card], list[Launch]]:
         first = Launch(kernel, blocks, 32 * warps, dim * 16 + warps * 2 * (dim + 2) * 4, dram=size, l2=size + parts,
                        per_warp=loops, in_flight=warps * 8192, waits=(1 + steps, 1))  # fmt: skip
         join = Launch("decode_attention_join_kernel<bf16>", rows * 16, 128, l2=2 * parts,
-                      per_warp={"STG": 1, "LDG": spans}, waits=(0, 2 + spans / 4))  # fmt: skip
+                      per_warp={"LDG": spans}, waits=(0, 2 + spans / 4))  # fmt: skip
         return [first] if whole else [first, join]
 
     return launches
