@@ -264,7 +264,7 @@ def test_layouts_are_read_where_they_lie(form: dict, fused: Mock) -> None:
         ({"act_fn": F.relu, "concatenated": False}, "activation relu"),
         ({"act_fn": type("Capped", (nn.SiLU,), {"forward": lambda self, x: F.silu(x).clamp(max=0.3)})()}, "Capped"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
 def test_what_is_not_fused_is_right_all_the_same(form: dict, reason: str, inner: int, fused: Mock) -> None:
     experts = plain(**form, inner=inner)
@@ -273,7 +273,9 @@ def test_what_is_not_fused_is_right_all_the_same(form: dict, reason: str, inner:
     assert not fused.called
 
 
-@pytest.mark.parametrize("activation", [nn.SiLU(), F.silu, "silu", "swish"], ids=str)
+@pytest.mark.parametrize(
+    "activation", [nn.SiLU(), F.silu, "silu", "swish"], ids=["module", "function", "silu", "swish"]
+)
 def test_silu_by_all_its_names(activation: Any, fused: Mock) -> None:
     from transformers.activations import ACT2FN
 
