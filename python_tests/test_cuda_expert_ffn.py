@@ -87,7 +87,7 @@ SMALL = {
     # More than 64 pairs; 7 stages through the 4 there are.
     "expert_ffn": lambda: ffn_args(33, 200, 40, 2, 2, dtype=torch.bfloat16),
     "expert_ffn_backward": lambda: backward_args(  # one expert has no rows
-        ffn_args(20, 40, 24, 3, 2, dtype=torch.bfloat16, index=torch.tensor([[0, 2], [2, 0]] * 10))
+        ffn_args(20, 200, 40, 3, 2, dtype=torch.bfloat16, index=torch.tensor([[0, 2], [2, 0]] * 10))
     ),
 }
 

@@ -179,6 +179,14 @@ def test_sample_tokens_options_by_row(emulated):
     check_same_ids(emulated, *(laid_out(a, "stepped") if a is not None and a.dim() else a for a in args))
 
 
+def test_sample_tokens_guided_without_filters_of_rows_with_strides(emulated):
+    """Without filters the draw reads logits of both sides once more, each with strides of its own."""
+    guidance = torch.tensor(3.0, dtype=torch.float64)
+    for layouts in (("stepped", "contiguous"), ("contiguous", "stepped")):
+        logits, uncond = (laid_out(normal(16, 90, seed=i), layout) for i, layout in enumerate(layouts))
+        check_same_ids(emulated, logits, torch.arange(16), torch.tensor(5), uncond, guidance, None, None, None)
+
+
 def test_sample_tokens_rows_without_an_answer(emulated):
     nan, inf = torch.nan, torch.inf
     logits = torch.tensor([[0, nan, 1], [inf, 0, 0], [-inf] * 3, [-inf, 2, -inf], [-inf, 0, 0]], dtype=torch.float32)
