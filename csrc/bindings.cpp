@@ -67,50 +67,33 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "-> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m) {
-  m.impl("rms_norm", SYNERGEN_TORCH_OP(rms_norm));
-  m.impl("rms_norm_backward", SYNERGEN_TORCH_OP(rms_norm_backward));
-  m.impl("add_rms_norm", SYNERGEN_TORCH_OP(add_rms_norm));
-  m.impl("add_rms_norm_backward", SYNERGEN_TORCH_OP(add_rms_norm_backward));
-  m.impl("rope", SYNERGEN_TORCH_OP(rope));
-  m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
-  m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
-  m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
-  m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
-  m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
-  m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
-  m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
-  m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
-  m.impl("decode_attention", SYNERGEN_TORCH_OP(decode_attention));
-  m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
-  m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
-  m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
-  m.impl("unfold_head", SYNERGEN_TORCH_OP(unfold_head));
-}
+// Host functions choose the device themselves: one list for both.
+#define SYNERGEN_OPS(X)            \
+  X(rms_norm)                      \
+  X(rms_norm_backward)             \
+  X(add_rms_norm)                  \
+  X(add_rms_norm_backward)         \
+  X(rope)                          \
+  X(fold_tokens)                   \
+  X(fold_tokens_backward)          \
+  X(fold_ids)                      \
+  X(unfold_ids)                    \
+  X(expert_ffn)                    \
+  X(expert_ffn_train)              \
+  X(expert_ffn_backward)           \
+  X(expert_ffn_quantized)          \
+  X(decode_attention)              \
+  X(linear_cross_entropy)          \
+  X(linear_cross_entropy_backward) \
+  X(sample_tokens)                 \
+  X(unfold_head)
+#define SYNERGEN_IMPLEMENT(op) m.impl(#op, SYNERGEN_TORCH_OP(op));
 
-// Ops without a CUDA kernel run their reference on CUDA tensors: synergen_ext/ops/_backend.py
-// registers it.
+STABLE_TORCH_LIBRARY_IMPL(synergen, CPU, m){SYNERGEN_OPS(SYNERGEN_IMPLEMENT)}
+// In a build without CUDA kernels ops run their reference on CUDA tensors:
+// synergen_ext/ops/_backend.py registers it.
 #ifdef SYNERGEN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m) {
-  m.impl("rms_norm", SYNERGEN_TORCH_OP(rms_norm));
-  m.impl("rms_norm_backward", SYNERGEN_TORCH_OP(rms_norm_backward));
-  m.impl("add_rms_norm", SYNERGEN_TORCH_OP(add_rms_norm));
-  m.impl("add_rms_norm_backward", SYNERGEN_TORCH_OP(add_rms_norm_backward));
-  m.impl("rope", SYNERGEN_TORCH_OP(rope));
-  m.impl("fold_tokens", SYNERGEN_TORCH_OP(fold_tokens));
-  m.impl("fold_tokens_backward", SYNERGEN_TORCH_OP(fold_tokens_backward));
-  m.impl("fold_ids", SYNERGEN_TORCH_OP(fold_ids));
-  m.impl("unfold_ids", SYNERGEN_TORCH_OP(unfold_ids));
-  m.impl("expert_ffn", SYNERGEN_TORCH_OP(expert_ffn));
-  m.impl("expert_ffn_train", SYNERGEN_TORCH_OP(expert_ffn_train));
-  m.impl("expert_ffn_backward", SYNERGEN_TORCH_OP(expert_ffn_backward));
-  m.impl("expert_ffn_quantized", SYNERGEN_TORCH_OP(expert_ffn_quantized));
-  m.impl("decode_attention", SYNERGEN_TORCH_OP(decode_attention));
-  m.impl("linear_cross_entropy", SYNERGEN_TORCH_OP(linear_cross_entropy));
-  m.impl("linear_cross_entropy_backward", SYNERGEN_TORCH_OP(linear_cross_entropy_backward));
-  m.impl("sample_tokens", SYNERGEN_TORCH_OP(sample_tokens));
-  m.impl("unfold_head", SYNERGEN_TORCH_OP(unfold_head));
-}
+STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m){SYNERGEN_OPS(SYNERGEN_IMPLEMENT)}
 #endif
 
 PYBIND11_MODULE(_C, m) {
@@ -140,7 +123,7 @@ PYBIND11_MODULE(_C, m) {
     std::vector<std::string> names;
 #define SYNERGEN_NAME(name, Params) \
   if (kWithCuda) names.push_back(#name);
-    SYNERGEN_CUDA_KERNELS(SYNERGEN_NAME)
+    SYNERGEN_KERNELS(SYNERGEN_NAME)
 #undef SYNERGEN_NAME
     return names;
   });

@@ -1,9 +1,9 @@
 // One params struct per kernel and its launchers: the only prototypes. Strides are in elements,
 // sizes and offsets 64-bit. Launchers trust their params: csrc/ops/ has checked them.
 //
-// To add a kernel: a struct here, a line in SYNERGEN_CPU_KERNELS, csrc/cpu/<op>.cpp with a function
-// of that name. With CUDA: a line in SYNERGEN_CUDA_KERNELS and csrc/cuda/<op>.cu too, and
-// one in SYNERGEN_CUDA_SCRATCH if it wants memory.
+// To add a kernel: a struct here, a line in SYNERGEN_KERNELS, csrc/cpu/<op>.cpp and
+// csrc/cuda/<op>.cu with a function of that name each; and a line in SYNERGEN_CUDA_SCRATCH if the
+// second wants memory.
 #pragma once
 
 #include "common/types.h"
@@ -230,25 +230,7 @@ struct UnfoldHeadParams {
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
 };
 
-#define SYNERGEN_CPU_KERNELS(X)                                      \
-  X(rms_norm, RmsNormParams)                                         \
-  X(rms_norm_backward, RmsNormBackwardParams)                        \
-  X(rope, RopeParams)                                                \
-  X(fold_tokens, FoldTokensParams)                                   \
-  X(fold_tokens_backward, FoldTokensBackwardParams)                  \
-  X(fold_ids, FoldIdsParams)                                         \
-  X(expert_ffn, ExpertFfnParams)                                     \
-  X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
-  X(expert_ffn_quantized, ExpertFfnQuantizedParams)                  \
-  X(sample_tokens, SampleTokensParams)                               \
-  X(add_rms_norm, AddRmsNormParams)                                  \
-  X(add_rms_norm_backward, AddRmsNormBackwardParams)                 \
-  X(decode_attention, DecodeAttentionParams)                         \
-  X(linear_cross_entropy, LinearCrossEntropyParams)                  \
-  X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
-  X(unfold_head, UnfoldHeadParams)
-
-#define SYNERGEN_CUDA_KERNELS(X)                                     \
+#define SYNERGEN_KERNELS(X)                                          \
   X(rms_norm, RmsNormParams)                                         \
   X(rms_norm_backward, RmsNormBackwardParams)                        \
   X(rope, RopeParams)                                                \
@@ -284,15 +266,15 @@ struct UnfoldHeadParams {
 // hold the same sources.
 namespace cpu {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p);
-SYNERGEN_CPU_KERNELS(SYNERGEN_DECLARE)
+SYNERGEN_KERNELS(SYNERGEN_DECLARE)
 namespace baseline {
-SYNERGEN_CPU_KERNELS(SYNERGEN_DECLARE)
+SYNERGEN_KERNELS(SYNERGEN_DECLARE)
 }
 namespace avx2 {
-SYNERGEN_CPU_KERNELS(SYNERGEN_DECLARE)
+SYNERGEN_KERNELS(SYNERGEN_DECLARE)
 }
 namespace avx512 {
-SYNERGEN_CPU_KERNELS(SYNERGEN_DECLARE)
+SYNERGEN_KERNELS(SYNERGEN_DECLARE)
 }
 #undef SYNERGEN_DECLARE
 }  // namespace cpu
@@ -301,7 +283,7 @@ SYNERGEN_CPU_KERNELS(SYNERGEN_DECLARE)
 // std::invalid_argument for sizes that no launch can have.
 namespace cuda {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p, void* stream);
-SYNERGEN_CUDA_KERNELS(SYNERGEN_DECLARE)
+SYNERGEN_KERNELS(SYNERGEN_DECLARE)
 #undef SYNERGEN_DECLARE
 #define SYNERGEN_DECLARE(name, Params) int64_t scratch_bytes(const Params& p);
 SYNERGEN_CUDA_SCRATCH(SYNERGEN_DECLARE)

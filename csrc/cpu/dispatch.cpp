@@ -81,6 +81,6 @@ Isa current_isa() {
 #define SYNERGEN_DEFINE(name, Params) \
   void name(const Params& p) { return baseline::name(p); }
 #endif
-SYNERGEN_CPU_KERNELS(SYNERGEN_DEFINE)
+SYNERGEN_KERNELS(SYNERGEN_DEFINE)
 
 }  // namespace synergen::cpu

@@ -29,7 +29,7 @@ const char* text_of_error(F&& f) {
   SYNERGEN_EXPORT const char* synergen_##name(const synergen::Params* p) { \
     return text_of_error([&] { synergen::cuda::name(*p, nullptr); });      \
   }
-SYNERGEN_CUDA_KERNELS(SYNERGEN_LAUNCHER)
+SYNERGEN_KERNELS(SYNERGEN_LAUNCHER)
 
 #define SYNERGEN_SCRATCH(name, Params)                                         \
   SYNERGEN_EXPORT int64_t synergen_scratch_##name(const synergen::Params* p) { \

@@ -43,7 +43,7 @@ namespace cuda {
       throw std::runtime_error(error);                                         \
     }                                                                          \
   }
-SYNERGEN_CUDA_KERNELS(SYNERGEN_FORWARD)
+SYNERGEN_KERNELS(SYNERGEN_FORWARD)
 #undef SYNERGEN_FORWARD
 
 #define SYNERGEN_SCRATCH(name, Params)                             \
@@ -72,7 +72,7 @@ DeviceScope::~DeviceScope() = default;
 namespace cpu {
 #define SYNERGEN_ABSENT(name, Params) \
   void name(const Params&) { throw std::logic_error(#name ": not part of the emulator"); }
-SYNERGEN_CPU_KERNELS(SYNERGEN_ABSENT)
+SYNERGEN_KERNELS(SYNERGEN_ABSENT)
 #undef SYNERGEN_ABSENT
 }  // namespace cpu
 
@@ -91,7 +91,7 @@ PYBIND11_MODULE(synergen_simt, m) {
   m.def("cuda_kernels", [] {
     std::vector<std::string> names;
 #define SYNERGEN_NAME(name, Params) names.push_back(#name);
-    SYNERGEN_CUDA_KERNELS(SYNERGEN_NAME)
+    SYNERGEN_KERNELS(SYNERGEN_NAME)
 #undef SYNERGEN_NAME
     return names;
   });
