@@ -120,7 +120,7 @@ def _transformers(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tens
         _apply_gate=lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
     )  # fmt: skip
     weights = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
-    return grouped_mm_experts_forward(experts, x, index[:, None], weights)  # type: ignore[arg-type]
+    return grouped_mm_experts_forward(experts, x, index[:, None], weights)
 
 
 def _dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def sample_tokens(device: str, tiny: bool, rows: int, filtered: bool) -> Case:
 def _other_samplers(case: Case, scores: Callable[..., Tensor], options: dict[str, Any]) -> None:
     """FlashInfer's and vLLM's, where they are installed; guidance and temperature are torch's there."""
     try:
-        from flashinfer.sampling import top_k_top_p_sampling_from_logits  # type: ignore[import-not-found]
+        from flashinfer.sampling import top_k_top_p_sampling_from_logits
 
         case.rivals["FlashInfer"] = lambda logits, uncond, seed: top_k_top_p_sampling_from_logits(
             scores(logits, uncond), options["top_k"], options["top_p"], filter_apply_order="top_k_first"
@@ -198,7 +198,7 @@ def _other_samplers(case: Case, scores: Callable[..., Tensor], options: dict[str
     except ImportError as error:
         case.missing["FlashInfer"] = str(error)
     try:
-        from vllm.v1.sample.ops.topk_topp_sampler import (  # type: ignore[import-not-found]
+        from vllm.v1.sample.ops.topk_topp_sampler import (
             apply_top_k_top_p,
             random_sample,
         )
