@@ -23,7 +23,9 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        return f"{self.file.split('.')[0]}:{self.number}"
+        stem, kind = self.file.split(".")
+        twin = kind == "cuh" and (KERNELS / f"{stem}.cu").is_file()  # linear_cross_entropy.cu, and its header
+        return f"{self.file if twin else stem}:{self.number}"
 
     def text(self) -> str:
         """The file with the mistake in it."""
