@@ -99,6 +99,17 @@ def fold_tokens(batch: int, grid: int, dim: int, fold: tuple[int, int], vocab: i
     return work
 
 
+def route_tokens(tokens: int, experts: int) -> Work:
+    index = normal(tokens).mul(1e5).long().abs() % experts
+
+    def sort(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+        order = index.argsort(stable=True)
+        starts = F.pad(index.bincount(minlength=experts).cumsum(0), (1, 0))
+        return order.int(), starts.int()
+
+    return Work((index, experts), ops.route_tokens, sort, reference.route_tokens, bytes=12 * tokens, exact=True)
+
+
 def expert_ffn(tokens: tuple[int, ...], dim: int, hidden: int, dtype: torch.dtype, train: bool = False) -> Work:
     """tokens: the rows of each expert, mixed at random."""
     experts = len(tokens)
@@ -254,6 +265,10 @@ CASES: dict[str, dict[str, Callable[[], Work]]] = {
         "demo-32": lambda: fold_tokens(32, 12, 64, (2, 4), 1024, F32),
         "paper-1": lambda: fold_tokens(1, 64, 2048, (2, 8), 32768, F32),
         "paper-1-bf16": lambda: fold_tokens(1, 64, 2048, (2, 8), 32768, BF16),
+    },
+    "route_tokens": {
+        "paper-8192": lambda: route_tokens(8192, 2),
+        "router-8192-of-128": lambda: route_tokens(8192, 128),
     },
     "expert_ffn": {
         # The weights of the demo (3.4 MB for two experts) stay in a cache, the paper's do not.

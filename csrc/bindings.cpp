@@ -33,16 +33,19 @@ STABLE_TORCH_LIBRARY(synergen, m) {
       "Tensor)");
   m.def("fold_ids(Tensor ids, int m, int n) -> Tensor");
   m.def("unfold_ids(Tensor ids, SymInt h, SymInt w, int m, int n) -> Tensor");
+  m.def("route_tokens(Tensor expert_index, SymInt experts) -> (Tensor order, Tensor offsets)");
   m.def(
       "expert_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor expert_index, "
-      "Tensor? expert_weight) -> Tensor");
+      "Tensor? expert_weight, Tensor? order=None, Tensor? offsets=None) -> Tensor");
   m.def(
       "expert_ffn_train(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor expert_index, "
-      "Tensor? expert_weight) -> (Tensor, Tensor, Tensor)");
+      "Tensor? expert_weight, Tensor? order=None, Tensor? offsets=None) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "expert_ffn_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, "
       "Tensor expert_index, Tensor? expert_weight, Tensor? gate_pre, Tensor? up_pre, bool need_x, "
-      "bool need_experts, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool need_experts, bool need_weight, Tensor? order=None, Tensor? offsets=None) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "expert_ffn_quantized(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor gate_scale, "
       "Tensor up_scale, Tensor down_scale, Tensor expert_index, Tensor? expert_weight) -> Tensor");
@@ -78,6 +81,7 @@ STABLE_TORCH_LIBRARY(synergen, m) {
   X(fold_tokens_backward)          \
   X(fold_ids)                      \
   X(unfold_ids)                    \
+  X(route_tokens)                  \
   X(expert_ffn)                    \
   X(expert_ffn_train)              \
   X(expert_ffn_backward)           \

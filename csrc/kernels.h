@@ -100,6 +100,18 @@ struct FoldIdsParams {
 
 // y_t = sum_j weight_tj * down[e] (silu(gate[e] x_t) * (up[e] x_t)), e = index_tj. Indices >=
 // experts add nothing.
+// Pairs (token, j), numbered token * top_k + j, sorted by expert, those of one expert in the order
+// they come: row r of expert e, offsets[e] <= r < offsets[e + 1], is the pair order[r]. Pairs
+// without an expert are left out; order is -1 after the last row.
+struct RouteTokensParams {
+  int64_t tokens, top_k, experts;
+  const int64_t* index;  // [tokens, top_k]; no expert has one outside [0, experts)
+  int64_t index_strides[2];
+  int32_t* order;    // [tokens * top_k]
+  int32_t* offsets;  // [experts + 1]
+  void* scratch;     // CUDA only: scratch_bytes() of it, 256-byte aligned
+};
+
 struct ExpertFfnParams {
   DType dtype;         // of x, y, gate_pre and up_pre
   DType expert_dtype;  // of gate, up and down: as dtype, or float32
@@ -113,7 +125,10 @@ struct ExpertFfnParams {
   int64_t index_strides[2];
   const void* weight;  // [tokens, top_k], or null: all ones
   int64_t weight_strides[2];
-  void* y;  // [tokens, dim], contiguous, or null: only gate_pre and up_pre are wanted
+  const int32_t *routed_order,
+      *routed_offsets;  // order and offsets of route_tokens, or null. Used
+                        // on CUDA; the CPU sorts in less than it could save
+  void* y;              // [tokens, dim], contiguous, or null: only gate_pre and up_pre are wanted
   void *gate_pre,
       *up_pre;    // gate[e] x_t and up[e] x_t, [tokens * top_k, hidden], contiguous; or null
   void* scratch;  // CUDA only: scratch_bytes() of it, 256-byte aligned
@@ -237,6 +252,7 @@ struct UnfoldHeadParams {
   X(fold_tokens, FoldTokensParams)                                   \
   X(fold_tokens_backward, FoldTokensBackwardParams)                  \
   X(fold_ids, FoldIdsParams)                                         \
+  X(route_tokens, RouteTokensParams)                                 \
   X(expert_ffn, ExpertFfnParams)                                     \
   X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
   X(expert_ffn_quantized, ExpertFfnQuantizedParams)                  \
@@ -252,6 +268,7 @@ struct UnfoldHeadParams {
 #define SYNERGEN_CUDA_SCRATCH(X)                                     \
   X(rms_norm_backward, RmsNormBackwardParams)                        \
   X(fold_tokens_backward, FoldTokensBackwardParams)                  \
+  X(route_tokens, RouteTokensParams)                                 \
   X(expert_ffn, ExpertFfnParams)                                     \
   X(expert_ffn_backward, ExpertFfnBackwardParams)                    \
   X(expert_ffn_quantized, ExpertFfnQuantizedParams)                  \

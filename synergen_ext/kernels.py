@@ -30,6 +30,7 @@ linear_cross_entropy_backward = _kernels.linear_cross_entropy_backward
 rms_norm = _kernels.rms_norm
 rms_norm_backward = _kernels.rms_norm_backward
 rope = _kernels.rope
+route_tokens = _kernels.route_tokens
 sample_tokens = _kernels.sample_tokens
 unfold_head = _kernels.unfold_head
 unfold_ids = _kernels.unfold_ids
@@ -50,6 +51,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rope",
+    "route_tokens",
     "sample_tokens",
     "unfold_head",
     "unfold_ids",

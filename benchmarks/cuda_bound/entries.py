@@ -104,6 +104,16 @@ def add_rms_norm(rows: int) -> Callable[[Card], list[Launch]]:
 # ---- expert_ffn: D = 2048, F = 8192, bfloat16
 
 
+def route_tokens(card: Card) -> list[Launch]:
+    """Once for all layers of a model."""
+    tokens = 8192
+    return [
+        Launch("count_pairs_kernel", tokens // 256, 32, l2=tokens * 8, per_warp={"ATOMS": 8}, waits=(1, 8)),
+        Launch("route_tokens/scan_counts_kernel", 1, 1024, others=NO_TURNS, waits=(0, 2)),
+        Launch("scatter_pairs_kernel", tokens // 256, 32, l2=tokens * 12, per_warp={"STG": 8}, waits=(0, 9)),
+    ]
+
+
 def expert_ffn(card: Card) -> list[Launch]:
     tokens, dim, hidden, experts = 8192, 2048, 8192, 2
     tiles, rows, columns, shared = tokens // 128, 128, 256, 96 << 10
@@ -116,14 +126,8 @@ def expert_ffn(card: Card) -> list[Launch]:
                       l2=blocks * (rows + columns) * depth * 2 + tokens * width * 2, flops=2 * tokens * width * depth,
                       per_warp={"HMMA": depth / 16 * 32}, in_flight=2 * 24 << 10)  # fmt: skip
 
-    small = [
-        Launch("count_pairs_kernel", tokens // 256, 32, l2=tokens * 8, per_warp={"ATOMS": 8}, waits=(1, 8)),
-        Launch("expert_ffn/scan_counts_kernel", 1, 1024, others=NO_TURNS, waits=(0, 2)),
-        Launch("scatter_pairs_kernel", tokens // 256, 32, l2=tokens * 12, per_warp={"STG": 8}, waits=(0, 9)),
-        Launch("list_tiles_kernel", 1, 1024, others=NO_TURNS, waits=(0, 2)),
-    ]
     return [
-        *small,
+        Launch("list_tiles_kernel", 1, 1024, others=NO_TURNS, waits=(0, 2)),  # the caller brings the routing
         product("gate_up_kernel", 2 * hidden, dim, 2 * weights + x + inner),
         product("down_kernel", dim, hidden, weights + inner + x),
     ]
@@ -283,6 +287,7 @@ ENTRIES = (
     Entry("fold_tokens 8 pictures", fold_tokens),
     Entry("fold_tokens 8 pictures, backward", fold_tokens_backward, None,
           why="64-bit divisions for every row, and a sort of 32 tiles by 8 blocks, mostly waiting"),
+    Entry("route_tokens 8192 tokens", route_tokens),
     Entry("expert_ffn 2048 text + 6144 image", expert_ffn),
     Entry("expert_ffn decode 2 rows, bf16", expert_ffn_decode("bf16", 16), at_most_ideal=1.2),
     Entry("expert_ffn decode 2 rows, int8", expert_ffn_decode("signed char", 8), None, at_most_ideal=1.2,

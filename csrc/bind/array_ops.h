@@ -21,14 +21,18 @@ inline void define_array_ops(py::module_& kernels) {
                     arg("n"));
   SYNERGEN_ARRAY_OP(kernels, fold_ids, arg("ids"), arg("m"), arg("n"));
   SYNERGEN_ARRAY_OP(kernels, unfold_ids, arg("ids"), arg("h"), arg("w"), arg("m"), arg("n"));
+  SYNERGEN_ARRAY_OP(kernels, route_tokens, arg("expert_index"), arg("experts"));
   SYNERGEN_ARRAY_OP(kernels, expert_ffn, arg("x"), arg("gate"), arg("up"), arg("down"),
-                    arg("expert_index"), arg("expert_weight") = py::none());
+                    arg("expert_index"), arg("expert_weight") = py::none(),
+                    arg("order") = py::none(), arg("offsets") = py::none());
   SYNERGEN_ARRAY_OP(kernels, expert_ffn_train, arg("x"), arg("gate"), arg("up"), arg("down"),
-                    arg("expert_index"), arg("expert_weight") = py::none());
+                    arg("expert_index"), arg("expert_weight") = py::none(),
+                    arg("order") = py::none(), arg("offsets") = py::none());
   SYNERGEN_ARRAY_OP(kernels, expert_ffn_backward, arg("dy"), arg("x"), arg("gate"), arg("up"),
                     arg("down"), arg("expert_index"), arg("expert_weight") = py::none(),
                     arg("gate_pre") = py::none(), arg("up_pre") = py::none(), arg("need_x") = true,
-                    arg("need_experts") = true, arg("need_weight") = true);
+                    arg("need_experts") = true, arg("need_weight") = true,
+                    arg("order") = py::none(), arg("offsets") = py::none());
   SYNERGEN_ARRAY_OP(kernels, expert_ffn_quantized, arg("x"), arg("gate"), arg("up"), arg("down"),
                     arg("gate_scale"), arg("up_scale"), arg("down_scale"), arg("expert_index"),
                     arg("expert_weight") = py::none());

@@ -55,6 +55,8 @@ inline ScalarType dtype_to(DType dtype) {
       return ScalarType::Long;
     case DType::kBool:
       return ScalarType::Bool;
+    case DType::kInt32:
+      return ScalarType::Int;
     default:
       throw std::logic_error("dtype_to: no kernel makes this dtype");
   }

@@ -1,7 +1,8 @@
 // expert_ffn on the GPU, without a word to the host: pairs (token, expert) are sorted by expert,
 // then two grouped products read their rows through that order. Nothing is padded or dropped.
 //
-//   count, scan, scatter, list   order, offsets and tiles of rows: small
+//   route_tokens, list           order, offsets and tiles of rows: small; the first only where the
+//                                caller has not done it
 //   gate_up                      one product of 2 F columns, gate's and up's by turns of 32, so
 //   that
 //                                a thread has both sums and writes silu(g) * u
@@ -10,98 +11,25 @@
 //
 // 8192 tokens, D = 2048, F = 8192, E = 2, bf16: 825 GFLOP, 2.6 ms of an A100's tensor cores, next
 // to 201 MB of weights, 67 of x and y and 268 of activations, 0.3 ms of its memory.
-#include <stdexcept>
-#include <string>
+#include <algorithm>
 
 #include "cuda/expert_products.cuh"
 
 namespace synergen::cuda {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int64_t kCountTile = 256;     // pairs that one warp sorts
-constexpr int64_t kMostExperts = 8192;  // whose counters, 32 KiB, a block's shared memory takes
+// ---- Rows
 
-// ---- Sorting
-
-// counts[expert, tile], one warp a tile.
-__global__ void __launch_bounds__(32) count_pairs_kernel(Forward p) {
-  SIMT_DYNAMIC_SHARED(shared);
-  int32_t* counters = reinterpret_cast<int32_t*>(shared);
-  const int lane = static_cast<int>(threadIdx.x);
-  const int64_t tile = blockIdx.x;
-  for (int64_t e = lane; e < p.experts; e += 32) counters[e] = 0;
-  __syncwarp();
-  for (int64_t i = tile * kCountTile + lane; i < (tile + 1) * kCountTile && i < p.pairs; i += 32) {
-    const int64_t e = index_of(p, i);
-    if (has_expert(p, e)) atomicAdd(&counters[e], 1);
-  }
-  __syncwarp();
-  for (int64_t e = lane; e < p.experts; e += 32) {
-    p.counts[e * p.count_tiles + tile] = counters[e];
-  }
-}
-
-// The sum of `own` over the threads of the block before this one.
-SIMT_FN int32_t sum_before(int32_t own, int32_t* warps) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  int32_t sum = own;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int32_t below = __shfl_up_sync(kAll, sum, distance);
-    sum += lane >= distance ? below : 0;
-  }
-  if (lane == 31) warps[warp] = sum;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) sum += warps[w];
-  return sum - own;
-}
-
-// counts becomes its own exclusive running sum.
-__global__ void __launch_bounds__(1024) scan_counts_kernel(Forward p) {
-  SIMT_SHARED(int32_t, warps, [32]);
-  const int64_t total = p.experts * p.count_tiles, each = ceil_div(total, 1024);
-  const int64_t begin = threadIdx.x * each, end = begin + each < total ? begin + each : total;
-  int32_t own = 0;
-  for (int64_t i = begin; i < end; ++i) own += p.counts[i];
-  int32_t before = sum_before(own, warps);
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t count = p.counts[i];
-    if (i % p.count_tiles == 0) p.offsets[i / p.count_tiles] = before;
-    p.counts[i] = before;
-    before += count;
-  }
-  if (threadIdx.x == 1023) p.offsets[p.experts] = before;
-}
-
-// Pairs go to their places, those of one expert in the order they came.
-__global__ void __launch_bounds__(32) scatter_pairs_kernel(Forward p) {
-  SIMT_DYNAMIC_SHARED(shared);
-  int32_t* next = reinterpret_cast<int32_t*>(shared);
-  const int lane = static_cast<int>(threadIdx.x);
-  const int64_t tile = blockIdx.x;
-  for (int64_t e = lane; e < p.experts; e += 32) next[e] = p.counts[e * p.count_tiles + tile];
-  for (int64_t first = tile * kCountTile; first < (tile + 1) * kCountTile && first < p.pairs;
-       first += 32) {
-    const int64_t pair = first + lane;
-    const int64_t index = pair < p.pairs ? index_of(p, pair) : -1;
-    const bool there = has_expert(p, index);
-    const unsigned same = __match_any_sync(kAll, there ? static_cast<int>(index) : -1);
-    const int rank = __popc(same & ((1u << lane) - 1));
-    __syncwarp();  // next is up to date
-    if (there) {
-      const int32_t row = next[index] + rank;
-      p.order[row] = static_cast<int32_t>(pair);
-      p.token_of[row] =
-          static_cast<int32_t>(static_cast<uint32_t>(pair) / static_cast<uint32_t>(p.top_k));
-    }
-    __syncwarp();
-    if (there && rank == 0) next[index] += __popc(same);
-  }
-}
-
-// row_tiles; after the last, tiles that are not there.
+// token_of by all blocks, and by the first row_tiles; after the last, tiles that are not there.
 __global__ void __launch_bounds__(1024) list_tiles_kernel(Forward p) {
   SIMT_SHARED(int32_t, warps, [32]);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * 1024 + threadIdx.x;
+  if (p.top_k > 1 && row < p.pairs) {
+    // After the last row -1, whose token nobody asks for.
+    p.divided[row] =
+        static_cast<int32_t>(static_cast<uint32_t>(p.order[row]) / static_cast<uint32_t>(p.top_k));
+  }
+  if (blockIdx.x > 0) return;  // all threads together
   const int32_t high =
       p.tensor_cores ? gemm::TensorCores<bf16>::kRows : gemm::PlainFma<float>::kRows;
   const int64_t each = ceil_div(p.experts, 1024), first = threadIdx.x * each;
@@ -244,21 +172,13 @@ int64_t lay_out(Forward& p) {
   Carver carver(p.scratch);
   carver.take(p.activations, p.pairs * p.hidden * gemm::bytes_of(p.inner));
   carver.take(p.pair_rows, p.top_k > 1 ? p.pairs * p.dim * gemm::bytes_of(p.inner) : 0);
-  carve_routing(carver, p.experts, p);
+  carve_routing(carver, p, p);
   return carver.bytes();
 }
 
 }  // namespace
 
 Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
-  if (p.experts > kMostExperts) {
-    throw std::invalid_argument("expert_ffn: E must be at most " + std::to_string(kMostExperts) +
-                                " on CUDA, got " + std::to_string(p.experts));
-  }
-  if (p.tokens * p.top_k > INT32_MAX) {
-    throw std::invalid_argument("expert_ffn: T * k must be below 2^31 on CUDA, got " +
-                                std::to_string(p.tokens * p.top_k));
-  }
   const auto stack_packs = [](const void* data, const int64_t (&strides)[3]) {
     return packs<bf16>(data, strides[2], strides, 2);
   };
@@ -271,31 +191,39 @@ Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
                    packs<bf16>(p.gate_pre, 1, nullptr, 0) && packs<bf16>(p.up_pre, 1, nullptr, 0) &&
                    aligned;
   e.inner = e.tensor_cores || p.dtype == DType::kFloat64 ? p.dtype : DType::kFloat32;
-  e.pairs = p.tokens * p.top_k;
+  RouteTokensParams pairs{};
+  pairs.tokens = p.tokens;
+  pairs.top_k = p.top_k;
+  pairs.experts = p.experts;
+  pairs.index = p.index;
+  std::copy_n(p.index_strides, 2, pairs.index_strides);
+  e.router = prepare_router("expert_ffn", pairs);
+  e.pairs = e.router.pairs;
   const int64_t high =
       e.tensor_cores ? gemm::TensorCores<bf16>::kRows : gemm::PlainFma<float>::kRows;
   // Each expert with rows leaves at most high - 1 rows of a tile empty.
   e.tiles = (e.pairs + (p.experts < e.pairs ? p.experts : e.pairs) * (high - 1)) / high;
   if (p.experts == 0) e.tiles = 0;
-  e.count_tiles = e.pairs > 0 ? ceil_div(e.pairs, kCountTile) : 1;  // no pairs are counted too
   return e;
 }
 
-void carve_routing(Carver& carver, int64_t experts, Experts& e) {
-  carver.take(e.order, e.pairs * 4);
-  carver.take(e.offsets, (experts + 1) * 4);
+void carve_routing(Carver& carver, const ExpertFfnParams& p, Experts& e) {
+  if (p.routed_order == nullptr) {
+    carver.take(e.router.order, e.pairs * 4);
+    carver.take(e.router.offsets, (p.experts + 1) * 4);
+    take_counts(carver, e.router);
+  }
+  e.order = p.routed_order != nullptr ? p.routed_order : e.router.order;
+  e.offsets = p.routed_order != nullptr ? p.routed_offsets : e.router.offsets;
   carver.take(e.row_tiles, e.tiles * static_cast<int64_t>(sizeof(RowTile)));
-  carver.take(e.counts, experts * e.count_tiles * 4);
-  carver.take(e.token_of, e.pairs * 4);
+  carver.take(e.divided, p.top_k > 1 ? e.pairs * 4 : 0);
+  e.token_of = p.top_k > 1 ? e.divided : e.order;
 }
 
 void route(const char* op, const Forward& p, void* stream) {
-  const dim3 tiles = blocks_for(op, p.count_tiles, 1);
-  const size_t counters = static_cast<size_t>(p.experts) * 4;
-  simt::launch(op, count_pairs_kernel, tiles, dim3(32), counters, stream, p);
-  simt::launch(op, scan_counts_kernel, dim3(1), dim3(1024), 0, stream, p);
-  simt::launch(op, scatter_pairs_kernel, tiles, dim3(32), counters, stream, p);
-  simt::launch(op, list_tiles_kernel, dim3(1), dim3(1024), 0, stream, p);
+  if (p.routed_order == nullptr) launch_router(op, p.router, stream);
+  const dim3 blocks = blocks_for(op, p.top_k > 1 ? std::max<int64_t>(p.pairs, 1) : 1, 1024);
+  simt::launch(op, list_tiles_kernel, blocks, dim3(1024), 0, stream, p);
 }
 
 void gate_up(const char* op, const Forward& p, void* stream) {

@@ -2,8 +2,7 @@
 // scratch memory.
 #pragma once
 
-#include "cuda/carver.h"
-#include "kernels.h"
+#include "cuda/route_tokens.h"
 
 namespace synergen::cuda {
 
@@ -16,16 +15,16 @@ struct RowTile {
 // Rows are the pairs (token, j) that have an expert, sorted by it. Pairs are numbered token * top_k
 // + j, in 32 bits: with as many, x would be gigabytes for every column.
 struct Experts {
-  bool tensor_cores;    // or plain multiply-adds
-  DType inner;          // of what passes from launch to launch: as x, or the type of the sums
-  int64_t pairs;        // tokens * top_k
-  int64_t tiles;        // an upper bound: how many there are, the host does not know
-  int64_t count_tiles;  // pieces of the pairs, in the sort
-  int32_t* order;       // [pairs]: the pair of each row
-  int32_t* token_of;    // [pairs]: its token, so that no product divides
-  int32_t* offsets;     // [experts + 1]: rows of expert e are offsets[e] .. offsets[e + 1]
-  RowTile* row_tiles;   // [tiles]
-  int32_t* counts;      // [experts, count_tiles]
+  bool tensor_cores;        // or plain multiply-adds
+  DType inner;              // of what passes from launch to launch: as x, or the type of the sums
+  int64_t pairs;            // tokens * top_k
+  int64_t tiles;            // an upper bound: how many there are, the host does not know
+  Router router;            // where the caller brings no routing
+  const int32_t* order;     // [pairs]: the pair of each row
+  const int32_t* offsets;   // [experts + 1]: rows of expert e are offsets[e] .. offsets[e + 1]
+  const int32_t* token_of;  // [pairs]: the token of each row, so that no product divides
+  int32_t* divided;         // the memory of token_of; not where top_k is 1, whose pairs are tokens
+  RowTile* row_tiles;       // [tiles]
 };
 
 struct Forward : ExpertFfnParams, Experts {
@@ -35,9 +34,9 @@ struct Forward : ExpertFfnParams, Experts {
 
 // `aligned`: what a backward pass has besides is contiguous along rows, in 16-byte pieces.
 Experts prepare_experts(const ExpertFfnParams& p, bool aligned);
-void carve_routing(Carver& carver, int64_t experts, Experts& e);
+void carve_routing(Carver& carver, const ExpertFfnParams& p, Experts& e);
 
-// Sorts the pairs and lists the tiles.
+// Sorts the pairs, unless the caller has, and lists the tiles.
 void route(const char* op, const Forward& p, void* stream);
 // gate_pre, up_pre and activations, those that are not null.
 void gate_up(const char* op, const Forward& p, void* stream);

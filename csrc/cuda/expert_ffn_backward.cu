@@ -222,7 +222,7 @@ int64_t lay_out(Backward& p) {
     const int64_t sum = p.dtype == DType::kFloat64 ? 8 : 4;
     carver.take(p.weight_parts, p.pairs * p.parts * sum);
   }
-  carve_routing(carver, p.experts, p);
+  carve_routing(carver, p, p);
   return carver.bytes();
 }
 

@@ -16,15 +16,6 @@ SIMT_FN View<G> view_of_expert(DType dtype, const void* data, const int64_t (&st
   return all;
 }
 
-SIMT_FN int64_t index_of(const ExpertFfnParams& p, int64_t pair) {
-  const uint32_t top_k = static_cast<uint32_t>(p.top_k),
-                 token = static_cast<uint32_t>(pair) / top_k;
-  return p.index[token * p.index_strides[0] + (pair - token * top_k) * p.index_strides[1]];
-}
-SIMT_FN bool has_expert(const ExpertFfnParams& p, int64_t index) {
-  return index >= 0 && index < p.experts;
-}
-
 // The routing weight of a pair.
 template <class A>
 SIMT_FN A weight_of(const ExpertFfnParams& p, int32_t pair) {

@@ -8,7 +8,8 @@ namespace {
 // The params that all directions share, after the checks that all need.
 ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tensor& gate,
                         const Tensor& up, const Tensor& down, const Tensor& index,
-                        const std::optional<Tensor>& weight) {
+                        const std::optional<Tensor>& weight, const std::optional<Tensor>& order,
+                        const std::optional<Tensor>& offsets) {
   check_dims(op, "x", x, "[T, D]", 2);
   check_dtype(op, "x", x, kFloats);
   check_same_device(op, "x", x, call);
@@ -29,6 +30,7 @@ ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tenso
     check_same_device(op, name, *t, call);
   }
   read_routing(op, call, x, index, weight, p);
+  read_order(op, call, order, offsets, p);
 
   p.dtype = x.dtype;
   p.expert_dtype = gate.dtype;
@@ -45,12 +47,15 @@ ExpertFfnParams checked(const char* op, Call& call, const Tensor& x, const Tenso
 
 }  // namespace
 
-// x [T, D], gate and up [E, F, D], down [E, D, F], expert_index and expert_weight [T] or [T, k]
+// x [T, D], gate and up [E, F, D], down [E, D, F], expert_index and expert_weight [T] or [T, k],
+// order [T * k] and offsets [E + 1] of route_tokens, or neither
 // -> y [T, D]
 Tensor expert_ffn(Call& call, const Tensor& x, const Tensor& gate, const Tensor& up,
                   const Tensor& down, const Tensor& expert_index,
-                  const std::optional<Tensor>& expert_weight) {
-  ExpertFfnParams p = checked("expert_ffn", call, x, gate, up, down, expert_index, expert_weight);
+                  const std::optional<Tensor>& expert_weight, const std::optional<Tensor>& order,
+                  const std::optional<Tensor>& offsets) {
+  ExpertFfnParams p =
+      checked("expert_ffn", call, x, gate, up, down, expert_index, expert_weight, order, offsets);
   Tensor y = call.empty("y", x.sizes, x.dtype);
   if (y.numel() == 0) return y;
   if (!call.device.cuda && (p.hidden == 0 || p.top_k == 0)) {
@@ -67,9 +72,11 @@ Tensor expert_ffn(Call& call, const Tensor& x, const Tensor& gate, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> expert_ffn_train(Call& call, const Tensor& x, const Tensor& gate,
                                                     const Tensor& up, const Tensor& down,
                                                     const Tensor& expert_index,
-                                                    const std::optional<Tensor>& expert_weight) {
-  ExpertFfnParams p =
-      checked("expert_ffn_train", call, x, gate, up, down, expert_index, expert_weight);
+                                                    const std::optional<Tensor>& expert_weight,
+                                                    const std::optional<Tensor>& order,
+                                                    const std::optional<Tensor>& offsets) {
+  ExpertFfnParams p = checked("expert_ffn_train", call, x, gate, up, down, expert_index,
+                              expert_weight, order, offsets);
   Tensor y = call.empty("y", x.sizes, x.dtype);
   Tensor gate_pre = call.empty("gate_pre", {p.tokens * p.top_k, p.hidden}, x.dtype);
   Tensor up_pre = call.empty("up_pre", {p.tokens * p.top_k, p.hidden}, x.dtype);
@@ -91,11 +98,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
     Call& call, const Tensor& dy, const Tensor& x, const Tensor& gate, const Tensor& up,
     const Tensor& down, const Tensor& expert_index, const std::optional<Tensor>& expert_weight,
     const std::optional<Tensor>& gate_pre, const std::optional<Tensor>& up_pre, bool need_x,
-    bool need_experts, bool need_weight) {
+    bool need_experts, bool need_weight, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets) {
   const char* op = "expert_ffn_backward";
   ExpertFfnBackwardParams p{};
   static_cast<ExpertFfnParams&>(p) =
-      checked(op, call, x, gate, up, down, expert_index, expert_weight);
+      checked(op, call, x, gate, up, down, expert_index, expert_weight, order, offsets);
   check_shape(op, "dy", dy, "[T, D]", x.sizes);
   check_same_dtype(op, "dy", dy, "x", x);
   if (gate_pre.has_value() != up_pre.has_value()) {

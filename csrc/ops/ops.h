@@ -29,18 +29,23 @@ std::tuple<Tensor, Tensor> fold_tokens_backward(Call& call, const Tensor& dy, co
 Tensor fold_ids(Call& call, const Tensor& ids, int64_t m, int64_t n);
 Tensor unfold_ids(Call& call, const Tensor& ids, int64_t h, int64_t w, int64_t m, int64_t n);
 
+std::tuple<Tensor, Tensor> route_tokens(Call& call, const Tensor& expert_index, int64_t experts);
 Tensor expert_ffn(Call& call, const Tensor& x, const Tensor& gate, const Tensor& up,
                   const Tensor& down, const Tensor& expert_index,
-                  const std::optional<Tensor>& expert_weight);
+                  const std::optional<Tensor>& expert_weight, const std::optional<Tensor>& order,
+                  const std::optional<Tensor>& offsets);
 std::tuple<Tensor, Tensor, Tensor> expert_ffn_train(Call& call, const Tensor& x, const Tensor& gate,
                                                     const Tensor& up, const Tensor& down,
                                                     const Tensor& expert_index,
-                                                    const std::optional<Tensor>& expert_weight);
+                                                    const std::optional<Tensor>& expert_weight,
+                                                    const std::optional<Tensor>& order,
+                                                    const std::optional<Tensor>& offsets);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
     Call& call, const Tensor& dy, const Tensor& x, const Tensor& gate, const Tensor& up,
     const Tensor& down, const Tensor& expert_index, const std::optional<Tensor>& expert_weight,
     const std::optional<Tensor>& gate_pre, const std::optional<Tensor>& up_pre, bool need_x,
-    bool need_experts, bool need_weight);
+    bool need_experts, bool need_weight, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets);
 
 Tensor expert_ffn_quantized(Call& call, const Tensor& x, const Tensor& gate, const Tensor& up,
                             const Tensor& down, const Tensor& gate_scale, const Tensor& up_scale,

@@ -100,10 +100,11 @@ class ExpertFFN(nn.Module):
         self.text = FFN(config)
         self.vision = FFN(config)
 
-    def forward(self, x: Tensor, is_image: Tensor) -> Tensor:
-        """``x [..., D]``, ``is_image [...]`` int64, 0 for text and 1 for image positions."""
+    def forward(self, x: Tensor, is_image: Tensor, routing: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``x [..., D]``, ``is_image [...]`` int64, 0 for text and 1 for image positions; ``routing`` of
+        `ops.route_tokens`, the same for all layers."""
         gate, up, down = (stack_pair(self.text, self.vision, name) for name in ("gate", "up", "down"))
-        y = ops.expert_ffn(x.reshape(-1, x.shape[-1]), gate, up, down, is_image.reshape(-1))
+        y = ops.expert_ffn(x.reshape(-1, x.shape[-1]), gate, up, down, is_image.reshape(-1), routing=routing)
         return y.view(x.shape)
 
 
@@ -133,10 +134,10 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, positions: Tensor, is_image: Tensor, mask: Tensor | None,
-        cache: KVCache | None = None, layer: int = 0,
+        cache: KVCache | None = None, layer: int = 0, routing: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         x = x + self.attention(self.attention_norm(x), positions, mask, cache, layer)
-        return x + self.feed_forward(self.ffn_norm(x), is_image)
+        return x + self.feed_forward(self.ffn_norm(x), is_image, routing)
 
 
 class HeadBlock(nn.Module):

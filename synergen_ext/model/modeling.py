@@ -145,8 +145,10 @@ class SynerGenVL(nn.Module):
             start = cache.length if cache is not None else 0
             positions = torch.arange(start, start + t, device=x.device).expand(b, t)
         expert = is_image.long()
+        # The same for all layers. On CUDA up to 64 rows take another way, and the CPU sorts for itself.
+        routing = ops.route_tokens(expert.reshape(-1), 2) if x.is_cuda and b * t > 64 else None
         for layer, block in enumerate(self.layers):
-            x = block(x, positions, expert, mask, cache, layer)
+            x = block(x, positions, expert, mask, cache, layer, routing)
         if cache is not None:
             cache.advance(t)
         return self.norm(x)

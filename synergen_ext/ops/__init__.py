@@ -19,6 +19,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .reference import dequantize_weight, quantize_weight
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
+from .route_tokens import route_tokens
 from .sample_tokens import sample_tokens
 from .unfold_head import unfold_head
 
@@ -37,6 +38,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "rope",
+    "route_tokens",
     "sample_tokens",
     "set_backend",
     "unfold_head",

@@ -18,6 +18,7 @@ def expert_ffn(
     expert_weight: Tensor | None = None,
     *,
     recompute: bool = False,
+    routing: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y_t = sum_j w_tj * down[e] (silu(gate[e] x_t) * (up[e] x_t)), with e = expert_index[t, j].
 
@@ -42,6 +43,8 @@ def expert_ffn(
         recompute: where gradients are wanted, keep only the inputs for the backward pass and
             compute gate[e] x and up[e] x again there, instead of keeping both ([T * k, F] each, the
             dtype of x).
+        routing: what `route_tokens(expert_index, E)` returned, for callers that use one index many times; without it
+            the op sorts for itself. That it belongs to this index is not checked.
 
     Returns:
         [T, D], the dtype of x, contiguous. Two runs give the same bits, whatever the number of
@@ -52,12 +55,13 @@ def expert_ffn(
     """
     if (other := substitute()) is not None:
         return other.expert_ffn(x, gate, up, down, expert_index, expert_weight)
+    order, offsets = routing or (None, None)
     inputs = (x, gate, up, down, expert_weight)
     wants_gradient = any(t is not None and t.requires_grad for t in inputs)
     if wants_gradient and torch.is_grad_enabled() and not recompute:
-        y, _, _ = torch.ops.synergen.expert_ffn_train(x, gate, up, down, expert_index, expert_weight)
+        y, _, _ = torch.ops.synergen.expert_ffn_train(x, gate, up, down, expert_index, expert_weight, order, offsets)
         return y
-    return torch.ops.synergen.expert_ffn(x, gate, up, down, expert_index, expert_weight)
+    return torch.ops.synergen.expert_ffn(x, gate, up, down, expert_index, expert_weight, order, offsets)
 
 
 @torch.library.register_fake("synergen::expert_ffn")
@@ -68,6 +72,8 @@ def _fake(
     down: Tensor,
     expert_index: Tensor,
     expert_weight: Tensor | None,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -80,6 +86,8 @@ def _fake_train(
     down: Tensor,
     expert_index: Tensor,
     expert_weight: Tensor | None,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pre = (expert_index.numel(), gate.shape[1])
     return x.new_empty(x.shape), x.new_empty(pre), x.new_empty(pre)
@@ -99,6 +107,8 @@ def _fake_backward(
     need_x: bool,
     need_experts: bool,
     need_weight: bool,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weight = x if expert_weight is None else expert_weight
     return (
@@ -110,20 +120,27 @@ def _fake_backward(
     )
 
 
+def _whole(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With order and offsets, which torch leaves out where they are the schema's defaults."""
+    return (*inputs, *(None,) * (8 - len(inputs)))
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, None, None)
+    ctx.save_for_backward(*_whole(inputs), None, None)
 
 
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, gate_pre, up_pre = output
     ctx.mark_non_differentiable(gate_pre, up_pre)
-    ctx.save_for_backward(*inputs, gate_pre, up_pre)
+    ctx.save_for_backward(*_whole(inputs), gate_pre, up_pre)
 
 
 def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    need_x, need_gate, need_up, need_down, _, need_weight = ctx.needs_input_grad
+    need_x, need_gate, need_up, need_down, _, need_weight = ctx.needs_input_grad[:6]
+    *inputs, order, offsets, gate_pre, up_pre = ctx.saved_tensors
+    need = (need_x, need_gate or need_up or need_down, need_weight)
     dx, dgate, dup, ddown, dweight = torch.ops.synergen.expert_ffn_backward(
-        dy, *ctx.saved_tensors, need_x, need_gate or need_up or need_down, need_weight
+        dy, *inputs, gate_pre, up_pre, *need, order, offsets
     )
     return (
         dx if need_x else None,
@@ -132,12 +149,13 @@ def _backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...
         ddown if need_down else None,
         None,
         dweight if need_weight else None,
+        *(None for _ in ctx.needs_input_grad[6:]),
     )
 
 
 torch.library.register_autograd("synergen::expert_ffn", _backward, setup_context=_setup)
 torch.library.register_autograd("synergen::expert_ffn_train", _backward, setup_context=_setup_train)
 no_second_derivative("expert_ffn")
-reference_on_cuda("expert_ffn", reference.expert_ffn)
-reference_on_cuda("expert_ffn_train", reference.expert_ffn_train)
-reference_on_cuda("expert_ffn_backward", reference.expert_ffn_backward)
+reference_on_cuda("expert_ffn", lambda *args: reference.expert_ffn(*args[:6]))  # without order and offsets
+reference_on_cuda("expert_ffn_train", lambda *args: reference.expert_ffn_train(*args[:6]))
+reference_on_cuda("expert_ffn_backward", lambda *args: reference.expert_ffn_backward(*args[:12]))

@@ -86,6 +86,15 @@ def unfold_ids(ids: Tensor, h: int, w: int, m: int, n: int) -> Tensor:
     return windows.reshape(-1, h, w)
 
 
+def route_tokens(expert_index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    index = expert_index.flatten()
+    index = index.where(index >= 0, experts)
+    order = index.argsort(stable=True)  # pairs without an expert come last
+    named = index[order] < experts
+    starts = torch.searchsorted(index[order], torch.arange(experts + 1, device=index.device))
+    return torch.where(named, order, -1).int(), starts.int()
+
+
 def expert_ffn(
     x: Tensor,
     gate: Tensor,
@@ -95,8 +104,10 @@ def expert_ffn(
     expert_weight: Tensor | None = None,
     *,
     recompute: bool = False,
+    routing: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`recompute` changes nothing here: autograd keeps what it wants."""
+    """`recompute` and `routing` change nothing here: autograd keeps what it wants, and every expert looks for its
+    own."""
     return expert_ffn_train(x, gate, up, down, expert_index, expert_weight)[0]
 
 

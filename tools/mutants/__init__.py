@@ -24,7 +24,7 @@ class Mutant:
     @property
     def name(self) -> str:
         stem, kind = self.file.split(".")
-        twin = kind == "cuh" and (KERNELS / f"{stem}.cu").is_file()  # linear_cross_entropy.cu, and its header
+        twin = kind != "cu" and (KERNELS / f"{stem}.cu").is_file()  # linear_cross_entropy.cu, and its header
         return f"{self.file if twin else stem}:{self.number}"
 
     def text(self) -> str:

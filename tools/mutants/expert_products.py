@@ -5,9 +5,6 @@ from . import planted
 MUTANTS, add = planted("expert_products.cuh", "expert_ffn.cu")
 
 add("all.data += G::steps(dtype, expert * strides[0]);", "")
-add("index >= 0 && index < p.experts", "index < p.experts")
-add("index >= 0 && index < p.experts", "index >= 0 && index <= p.experts")
-add("token * p.index_strides[0] + (pair - token * top_k)", "token * p.index_strides[0] + pair")
 add("(pair - token * top_k) * p.weight_strides[1]", "0 * p.weight_strides[1]")
 add("if (p.weight == nullptr) return A(1);", "if (p.weight == nullptr) return A(0);")
 add("if (m >= rows) return;", "")
