@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_tokens_kernel(Forward p
   for (int64_t c = threadIdx.x * 8; c < p.dim; c += kFinishThreads * 8) {
     A sum[8];
     for (int i = 0; i < 8; ++i) sum[i] = start;
-    for (int64_t j = 0; p.top_k > 1 && j < p.top_k; ++j) {
+    for (int64_t j = 0; j < p.top_k; ++j) {
       const int64_t pair = token * p.top_k + j;
       if (!has_expert(p, index_of(p, pair))) continue;
       A row[8];
@@ -208,15 +208,15 @@ Experts prepare_experts(const ExpertFfnParams& p, bool aligned) {
 }
 
 void carve_routing(Carver& carver, const ExpertFfnParams& p, Experts& e) {
+  carver.take(e.row_tiles, e.tiles * static_cast<int64_t>(sizeof(RowTile)));
   if (p.routed_order == nullptr) {
-    carver.take(e.router.order, e.pairs * 4);
     carver.take(e.router.offsets, (p.experts + 1) * 4);
     take_counts(carver, e.router);
+    carver.take(e.router.order, e.pairs * 4);
   }
+  carver.take(e.divided, p.top_k > 1 ? e.pairs * 4 : 0);
   e.order = p.routed_order != nullptr ? p.routed_order : e.router.order;
   e.offsets = p.routed_order != nullptr ? p.routed_offsets : e.router.offsets;
-  carver.take(e.row_tiles, e.tiles * static_cast<int64_t>(sizeof(RowTile)));
-  carver.take(e.divided, p.top_k > 1 ? e.pairs * 4 : 0);
   e.token_of = p.top_k > 1 ? e.divided : e.order;
 }
 

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(gemm::kThreads) hidden_kernel(Backward p) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const A s = sigmoid<G>(g[i]), silu = g[i] * s, wdh = weight * dh[i];
-        part += i < count ? silu * u[i] * dh[i] : A(0);
+        part += silu * u[i] * dh[i];  // past the last column u is 0
         dh[i] = wdh * u[i] * s * (A(1) + g[i] * (A(1) - s));
         g[i] = weight * silu * u[i];
         u[i] = wdh * silu;
@@ -211,7 +211,6 @@ Forward forward_of(const Backward& p) {
 int64_t lay_out(Backward& p) {
   const int64_t width = gemm::bytes_of(p.inner);
   Carver carver(p.scratch);
-  carver.take(p.hidden_gradients, p.pairs * 2 * p.hidden * width);
   if (p.ddown != nullptr) carver.take(p.activations, p.pairs * p.hidden * width);
   if (p.gate_pre == nullptr) {
     carver.take(p.gate_pre, p.pairs * p.hidden * gemm::bytes_of(p.dtype));
@@ -223,6 +222,8 @@ int64_t lay_out(Backward& p) {
     carver.take(p.weight_parts, p.pairs * p.parts * sum);
   }
   carve_routing(carver, p, p);
+  // Last, so that a read past its last row leaves the scratch memory, which sanitizers see.
+  carver.take(p.hidden_gradients, p.pairs * 2 * p.hidden * width);
   return carver.bytes();
 }
 
