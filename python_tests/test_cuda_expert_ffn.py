@@ -1,6 +1,7 @@
 """expert_ffn and its backward by the emulator: see test_cuda_emulated.py. Tiles are 128 rows (64 without tensor cores)
 by 256 columns (128 hidden ones), and 32 (8) of the depth."""
 
+import emulator
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,6 +250,26 @@ def test_expert_ffn_sorts_pairs_of_many_experts(emulated, experts):
         y = emulated.expert_ffn(torch.ones(tokens, 1), 24 * ones, ones, down, index, None)
         assert torch.equal(y, 24 * index.sum(1, keepdim=True).float())
     emulated.schedule()
+
+
+def many_pairs():
+    """More than 1024, whose tokens are written by more than one block."""
+    return ffn_args(520, 8, 8, 3, 2, dtype=torch.bfloat16)
+
+
+def test_expert_ffn_of_many_pairs(emulated):
+    x, gate, up, down, index, weight = many_pairs()
+    y = emulated.expert_ffn(x, gate, up, down, index, weight)
+    for rows in (slice(0, 100), slice(420, 520)):
+        few = (x[rows], gate, up, down, index[rows], weight[rows])
+        assert torch.equal(y[rows], emulated.expert_ffn(*few))
+
+
+@pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
+def test_expert_ffn_of_many_pairs_has_no_races():
+    raced = emulator.load("race")
+    raced.schedule(2, 7, 2)
+    raced.expert_ffn(*many_pairs())
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
