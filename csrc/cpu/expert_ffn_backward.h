@@ -11,10 +11,14 @@
 
 namespace synergen::cpu::SYNERGEN_ISA {
 
-template <class A>
+// P is the packed number (gemm.h). In pairs, D and F are even and everything is bfloat16, the
+// gradients of the hidden layer too, as in PyTorch.
+template <class P>
 class ExpertFfnBackward {
+  using A = Acc<P>;
+  using S = Element<P>;
   using V = VecOf<A>;
-  static constexpr int64_t N = V::N, L = kLanes<A>;
+  static constexpr int64_t N = V::N, L = kLanes<P>, kPer = kPerPacked<P>;
   static constexpr int64_t kWide = 128;   // lanes of a task: columns of the result
   static constexpr int64_t kChunk = 192;  // rows of an expert in one task
   static constexpr int64_t kTall = 96;    // rows of a weight gradient in one task
@@ -51,7 +55,7 @@ class ExpertFfnBackward {
 
  private:
   struct Work {
-    Scratch<A> left{kChunk * kDepth}, right{kWide * kDepth};
+    Scratch<P> left{kChunk * kDepth}, right{kWide * kDepth};
     Scratch<A> product{kChunk * kWide};
     Scratch<A> gate{kWide}, up{kWide}, row{kWide};
   };
@@ -59,8 +63,9 @@ class ExpertFfnBackward {
   RowsOf dy() const {
     return {p_.dtype, p_.dy, p_.dy_strides[0], p_.dy_strides[1], routing_.tokens.data()};
   }
-  RowsOf inner(const Scratch<A>& rows) const {
-    return {TokenSums<A>::dtype_of_accumulator(), rows.data(), step_, 1};
+  RowsOf inner(const Scratch<S>& rows) const {
+    return {kPer == 2 ? DType::kBFloat16 : TokenSums<A>::dtype_of_accumulator(), rows.data(), step_,
+            1};
   }
 
   // body(expert, first column, first row, rows, work): all experts' rows in chunks, times `columns`
@@ -89,16 +94,17 @@ class ExpertFfnBackward {
   void product(const RowsOf& left, int64_t row, int64_t rows, const RowsOf& weights, int64_t from,
                int64_t columns, int64_t depth, bool add, const Work& work) const {
     multiply<Order::kByRow>(
-        depth, ceil_div(rows, kRows), columns, kDepth * L, add,
+        depth / kPer, ceil_div(rows, kRows), columns, kDepth * L, add,
         [&](int64_t k0, int64_t n) {
-          pack_lanes(weights, k0, n, from, columns, work.right.data());
+          pack_lanes(weights, 0, depth, k0, n, from, columns, work.right.data());
           return work.right.data();
         },
-        [&](int64_t k0, int64_t n) {
-          pack_rows(left, row, rows, k0, n, work.left.data());
-          return work.left.data();
+        [&](int64_t k0, int64_t n, int64_t block) {
+          P* packed = work.left.data() + block * kRows * kDepth;
+          pack_rows(left, row + block * kRows, rows - block * kRows, k0, n, packed);
+          return packed;
         },
-        work.product.data());
+        NothingAhead{}, work.product.data());
   }
 
   void hidden(int64_t e, int64_t from, int64_t row, int64_t rows, const Work& work) const {
@@ -180,18 +186,20 @@ class ExpertFfnBackward {
                       from = task % wide_blocks * kWide;
         const int64_t rows = tall - top < kTall ? tall - top : kTall;
         const int64_t columns = wide - from < kWide ? wide - from : kWide;
-        const int64_t begin = routing_.offsets[e];
+        const int64_t begin = routing_.offsets[e], depth = routing_.offsets[e + 1] - begin;
         multiply<Order::kByDepth>(
-            routing_.offsets[e + 1] - begin, ceil_div(rows, kRows), columns, kDepth * L, false,
+            ceil_div(depth, kPer), ceil_div(rows, kRows), columns, kDepth * L, false,
             [&](int64_t k0, int64_t n) {
-              pack_lanes(right, begin + k0, n, from, columns, work.right.data());
+              pack_lanes(right, begin, depth, k0, n, from, columns, work.right.data());
               return work.right.data();
             },
-            [&](int64_t k0, int64_t n) {
-              pack_columns(left, begin + k0, n, top, rows, work.left.data());
-              return work.left.data();
+            [&](int64_t k0, int64_t n, int64_t block) {
+              if (block == 0) {
+                pack_columns(left, begin, depth, k0, n, top, rows, work.left.data());
+              }
+              return work.left.data() + block * kRows * kDepth;
             },
-            work.product.data());
+            NothingAhead{}, work.product.data());
         for (int64_t r = 0; r < rows; ++r) {
           gather(r, columns, rows, work);
           store_row(p_.expert_dtype, out, ((e * tall) + top + r) * wide + from, work.row.data(),
@@ -204,7 +212,8 @@ class ExpertFfnBackward {
   const ExpertFfnBackwardParams& p_;
   const Routing<A> routing_;
   const int64_t step_, blocks_;
-  Scratch<A> hidden_, dgate_, dup_, dweight_;  // [rows][step_]; the last [rows][blocks_]
+  Scratch<S> hidden_, dgate_, dup_;  // [rows][step_]
+  Scratch<A> dweight_;               // [rows][blocks_]
 };
 
 }  // namespace synergen::cpu::SYNERGEN_ISA
