@@ -19,9 +19,13 @@ class ExpertFfnBackward {
   using S = Element<P>;
   using V = VecOf<A>;
   static constexpr int64_t N = V::N, L = kLanes<P>, kPer = kPerPacked<P>;
-  static constexpr int64_t kWide = 128;   // lanes of a task: columns of the result
-  static constexpr int64_t kChunk = 192;  // rows of an expert in one task
-  static constexpr int64_t kTall = 96;    // rows of a weight gradient in one task
+  static constexpr int64_t kWide = 128;  // lanes of a task: columns of the result
+  // Most rows of an expert in one task: 288 KiB packed. Each task packs its weights anew.
+  static constexpr int64_t kChunk = 288;
+  static constexpr int64_t kTall = 96;  // rows of a weight gradient in one task
+  // Most blocks of depth whose left rows stay packed (384 KiB) for the next task, which often wants
+  // the same ones.
+  static constexpr int64_t kKept = 4;
 
  public:
   explicit ExpertFfnBackward(const ExpertFfnBackwardParams& p)
@@ -55,7 +59,8 @@ class ExpertFfnBackward {
 
  private:
   struct Work {
-    Scratch<P> left{kChunk * kDepth}, right{kWide * kDepth};
+    static constexpr int64_t kMost = kKept * kTall > kChunk ? kKept * kTall : kChunk;
+    Scratch<P> left{kMost * kDepth}, right{kWide * kDepth};
     Scratch<A> product{kChunk * kWide};
     Scratch<A> gate{kWide}, up{kWide}, row{kWide};
   };
@@ -80,9 +85,13 @@ class ExpertFfnBackward {
       int64_t e = 0, first = 0;  // tasks come in ascending order
       for (int64_t task; (task = claim()) < tasks;) {
         while (task - first >= count_chunks(e) * wide) first += count_chunks(e++) * wide;
-        const int64_t row = routing_.offsets[e] + (task - first) / wide * kChunk;
-        const int64_t left = routing_.offsets[e + 1] - row;
-        body(e, (task - first) % wide * kWide, row, left < kChunk ? left : kChunk, work);
+        // Chunks of one size, in whole blocks of rows.
+        const int64_t count = routing_.offsets[e + 1] - routing_.offsets[e];
+        const int64_t chunk = round_up(ceil_div(count, count_chunks(e)), kRows);
+        const int64_t row = (task - first) / wide * chunk;
+        if (row >= count) continue;
+        body(e, (task - first) % wide * kWide, routing_.offsets[e] + row,
+             count - row < chunk ? count - row : chunk, work);
       }
     });
   }
@@ -180,13 +189,15 @@ class ExpertFfnBackward {
     const int64_t tasks = p_.experts * tall_blocks * wide_blocks;
     parallel_tasks(tasks, [&](const auto& claim) {
       const Work work;
+      int64_t kept = -1;  // the strip of rows, of all experts, whose left is packed
       for (int64_t task; (task = claim()) < tasks;) {
-        const int64_t e = task / (tall_blocks * wide_blocks);
-        const int64_t top = task / wide_blocks % tall_blocks * kTall,
-                      from = task % wide_blocks * kWide;
+        const int64_t strip = task / wide_blocks, e = strip / tall_blocks;
+        const int64_t top = strip % tall_blocks * kTall, from = task % wide_blocks * kWide;
         const int64_t rows = tall - top < kTall ? tall - top : kTall;
         const int64_t columns = wide - from < kWide ? wide - from : kWide;
         const int64_t begin = routing_.offsets[e], depth = routing_.offsets[e + 1] - begin;
+        const bool fits = ceil_div(depth, kPer) <= kKept * kDepth, packed = fits && kept == strip;
+        kept = fits ? strip : -1;
         multiply<Order::kByDepth>(
             ceil_div(depth, kPer), ceil_div(rows, kRows), columns, kDepth * L, false,
             [&](int64_t k0, int64_t n) {
@@ -194,10 +205,9 @@ class ExpertFfnBackward {
               return work.right.data();
             },
             [&](int64_t k0, int64_t n, int64_t block) {
-              if (block == 0) {
-                pack_columns(left, begin, depth, k0, n, top, rows, work.left.data());
-              }
-              return work.left.data() + block * kRows * kDepth;
+              P* out = work.left.data() + (fits ? k0 * kTall : 0);
+              if (block == 0 && !packed) pack_columns(left, begin, depth, k0, n, top, rows, out);
+              return out + block * kRows * kDepth;
             },
             NothingAhead{}, work.product.data());
         for (int64_t r = 0; r < rows; ++r) {

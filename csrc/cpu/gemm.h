@@ -212,9 +212,25 @@ template <class P>
 inline void pack_lanes(const RowsOf& from, int64_t row0, int64_t rows, int64_t k0, int64_t depth,
                        int64_t lane0, int64_t lanes, P* out) {
   using X = VecOf<P>;
+  constexpr int kPer = kPerPacked<P>;
   alignas(64) P row[kMostPacked] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const int64_t at = (k0 + k) * kPerPacked<P>;
+    const int64_t at = (k0 + k) * kPer;
+    if constexpr (kPer == 2) {
+      if (from.stride == 1 && lanes % kLanes<P> == 0 && rows - at >= kPer) {
+        const bf16* first = reinterpret_cast<const bf16*>(from.at(row0 + at, lane0));
+        const bf16* second = reinterpret_cast<const bf16*>(from.at(row0 + at + 1, lane0));
+        // Pieces of rows: the hardware sees no stream. 16 rows ahead.
+        const bf16* ahead = from.index ? first : first + 16 * from.row_stride;
+        for (int64_t done = 0; done < lanes; done += kLanes<P>) {
+          __builtin_prefetch(ahead + done, 0, 2);
+          __builtin_prefetch(ahead + from.row_stride + done, 0, 2);
+          interleave_rows(first + done, second + done, kLanes<P>,
+                          out + done * kDepth + k * kLanes<P>);
+        }
+        continue;
+      }
+    }
     load_step(from, row0 + at, rows - at, lane0, lanes, row);
     for (int64_t done = 0; done < lanes; done += kLanes<P>) {
       P* to = out + done * kDepth + k * kLanes<P>;
@@ -335,8 +351,9 @@ inline void dot_tile(const P* x, int64_t x_step, const W* w, int64_t w_step, int
     for (int n = 0; n < Count; ++n) {
       right[n] = load(w + n * w_step + k);
       // The next tile's line. Without it the hardware starts anew at each row: 9 instead of 20 GB/s
-      // at 8 rows. One row alone is faster without (32 against 29).
-      if constexpr (Rows > 1) __builtin_prefetch(w + (n + Count) * w_step + k);
+      // at 8 rows. One row alone is faster without (32 against 29). Into the second-level cache: at
+      // 8 rows 5 to 10 % faster than into the first.
+      if constexpr (Rows > 1) __builtin_prefetch(w + (n + Count) * w_step + k, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
