@@ -80,29 +80,29 @@ def test_accurate_at_every_number_of_rows(tokens, device):
     check(*inputs(tokens, 17, 23, experts=1, device=device))
 
 
-# Columns: blocks of 96 and 128, depth blocks of 256.
-@pytest.mark.parametrize("sizes", [(95, 97), (129, 255), (257, 96), (513, 128)])
+# Columns: blocks of 96 and 192, depth blocks of 256.
+@pytest.mark.parametrize("sizes", [(95, 97), (129, 255), (191, 193), (257, 96), (513, 128)])
 def test_accurate_at_every_block_of_columns(sizes, device):
     check(*inputs(37, *sizes, device=device))
 
 
 # bfloat16 with even D and F is multiplied in pairs where the CPU can. Rows: each step of the dot products, half and
-# whole panels of lanes, odd ends of the sums over rows in the gradients, chunks of 192 and 288 rows, depth blocks of
+# whole panels of lanes, odd ends of the sums over rows in the gradients, chunks of 192 and 264 rows, depth blocks of
 # 256 pairs.
 @pytest.mark.parametrize(
-    "tokens", [1, 2, 3, 5, 8, 9, 12, 16, 17, 31, 32, 33, 63, 191, 193, 287, 289, 511, 513, 1025, 2100]
+    "tokens", [1, 2, 3, 5, 8, 9, 12, 16, 17, 31, 32, 33, 63, 191, 193, 263, 265, 511, 513, 1025, 2100]
 )
 def test_accurate_in_pairs_at_every_number_of_rows(tokens, device):
     check(*inputs(tokens, 34, 46, experts=1, dtype=torch.bfloat16, device=device))
 
 
-# The gradients keep four blocks of 256 pairs of packed rows: 2,048 rows, and then no more.
-@pytest.mark.parametrize("tokens", [2048, 2050])
+# The gradients keep two blocks of 256 pairs of packed rows: 1,024 rows, and then no more.
+@pytest.mark.parametrize("tokens", [1024, 1026])
 def test_accurate_in_pairs_at_many_rows(tokens, device):
-    check(*inputs(tokens, 130, 100, experts=1, dtype=torch.bfloat16, device=device))
+    check(*inputs(tokens, 400, 200, experts=1, dtype=torch.bfloat16, device=device))
 
 
-# Columns: blocks of 96, 128 and 192; depth blocks of 256 pairs, whole and one pair more.
+# Columns: blocks of 96 and 192; depth blocks of 256 pairs, whole and one pair more.
 @pytest.mark.parametrize("sizes", [(96, 98), (130, 192), (194, 254), (512, 30), (514, 36), (40, 1026)])
 @pytest.mark.parametrize("tokens", [6, 75])
 def test_accurate_in_pairs_at_every_block(tokens, sizes, device):

@@ -21,10 +21,12 @@ class ExpertFfnForward {
   static constexpr int64_t N = V::N, L = kLanes<P>, kPer = kPerPacked<P>;
 
   // Up to here dot products are faster than packing: 2 x 2048 x 8192 float32 on Zen 5, 2 threads.
+  // In pairs, one thread, 8 rows an expert take 10 ms as dot products and 12 packed ones 16.
   static constexpr int64_t kFewRows = 8;
   // Weights of a task: 192 rows (96 of gate and 96 of up, or 192 of down) x 256 x 4 bytes packed
-  // are 192 KiB, its results 144 KiB: a third of a second-level cache. Each panel of activations
-  // that comes from further away meets all of them.
+  // are 192 KiB, its results 144 KiB: a third of a second-level cache of 1 MiB. Each panel of
+  // activations that comes from further away meets all of them; with 96 rows it was the same within
+  // 5 % on Zen 5 (D = 2048, F = 8192, 12 to 256 rows an expert).
   static constexpr int64_t kBlock = 192, kFewBlock = 32;
   static constexpr int64_t kChunk = 192;  // rows of an expert in one task
   // Sorted rows that pass through both rounds together: their hidden layer stays in a third-level

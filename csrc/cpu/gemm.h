@@ -177,7 +177,7 @@ struct RowsOf {
 };
 
 // Most lanes, or rows, that one call of pack_lanes or pack_columns takes.
-constexpr int64_t kMostPacked = 128;
+constexpr int64_t kMostPacked = 192;
 
 // A step of depth, whose numbers lie in a row each, or in two where they are packed in pairs:
 // out[i] = from[row][from0 + i], from[row + 1][from0 + i]. The second counts as zero where `left`,
