@@ -264,6 +264,11 @@ struct UnfoldHeadParams {
   X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
   X(unfold_head, UnfoldHeadParams)
 
+// CPU kernels that multiply bfloat16 where the CPU has an instruction for it.
+#define SYNERGEN_BF16_KERNELS(X) \
+  X(expert_ffn, ExpertFfnParams) \
+  X(expert_ffn_backward, ExpertFfnBackwardParams)
+
 // CUDA kernels that want device memory for themselves while they run, in params.scratch.
 #define SYNERGEN_CUDA_SCRATCH(X)                                     \
   X(rms_norm_backward, RmsNormBackwardParams)                        \
@@ -279,8 +284,8 @@ struct UnfoldHeadParams {
   X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
   X(unfold_head, UnfoldHeadParams)
 
-// cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2 and cpu::avx512
-// hold the same sources.
+// cpu::<kernel> picks the instruction set when called; cpu::baseline, cpu::avx2, cpu::avx512 and
+// cpu::avx512bf16 hold the same sources, the last only those that gain from it.
 namespace cpu {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p);
 SYNERGEN_KERNELS(SYNERGEN_DECLARE)
@@ -293,6 +298,10 @@ SYNERGEN_KERNELS(SYNERGEN_DECLARE)
 namespace avx512 {
 SYNERGEN_KERNELS(SYNERGEN_DECLARE)
 }
+namespace avx512bf16 {
+using namespace avx512;
+SYNERGEN_BF16_KERNELS(SYNERGEN_DECLARE)
+}  // namespace avx512bf16
 #undef SYNERGEN_DECLARE
 }  // namespace cpu
 

@@ -80,10 +80,51 @@ def test_accurate_at_every_number_of_rows(tokens, device):
     check(*inputs(tokens, 17, 23, experts=1, device=device))
 
 
-# Columns: blocks of 96 and 128, depth blocks of 256.
-@pytest.mark.parametrize("sizes", [(95, 97), (129, 255), (257, 96), (513, 128)])
+# Columns: blocks of 96 and 192, depth blocks of 256.
+@pytest.mark.parametrize("sizes", [(95, 97), (129, 255), (191, 193), (257, 96), (513, 128)])
 def test_accurate_at_every_block_of_columns(sizes, device):
     check(*inputs(37, *sizes, device=device))
+
+
+# bfloat16 with even D and F is multiplied in pairs where the CPU can. Rows: each step of the dot products, half and
+# whole panels of lanes, odd ends of the sums over rows in the gradients, chunks of 192 and 264 rows, depth blocks of
+# 256 pairs.
+@pytest.mark.parametrize(
+    "tokens", [1, 2, 3, 5, 8, 9, 12, 16, 17, 31, 32, 33, 63, 191, 193, 263, 265, 511, 513, 1025, 2100]
+)
+def test_accurate_in_pairs_at_every_number_of_rows(tokens, device):
+    check(*inputs(tokens, 34, 46, experts=1, dtype=torch.bfloat16, device=device))
+
+
+# The gradients keep two blocks of 256 pairs of packed rows: 1,024 rows, and then no more.
+@pytest.mark.parametrize("tokens", [1024, 1026])
+def test_accurate_in_pairs_at_many_rows(tokens, device):
+    check(*inputs(tokens, 400, 200, experts=1, dtype=torch.bfloat16, device=device))
+
+
+# Columns: blocks of 96 and 192; depth blocks of 256 pairs, whole and one pair more.
+@pytest.mark.parametrize("sizes", [(96, 98), (130, 192), (194, 254), (512, 30), (514, 36), (40, 1026)])
+@pytest.mark.parametrize("tokens", [6, 75])
+def test_accurate_in_pairs_at_every_block(tokens, sizes, device):
+    check(*inputs(tokens, *sizes, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_pairs(layout, top_k, device):
+    for tokens in (3, 50):
+        check(*inputs(tokens, 66, 38, 3, top_k, dtype=torch.bfloat16, layout=layout, device=device))
+
+
+def test_rows_do_not_touch_each_other_in_pairs(device):
+    """A row of NaN stays one row of NaN, in its partner of a pair of rows too; no bit of the others moves."""
+    x, gate, up, down, index = inputs(101, 20, 30, experts=1, dtype=torch.bfloat16, device=device, grad=False)
+    y = ops.expert_ffn(x, gate, up, down, index)
+    x[3] = torch.nan
+    broken = ops.expert_ffn(x, gate, up, down, index)
+    assert broken[3].isnan().all()
+    broken[3] = y[3]
+    assert torch.equal(broken, y)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (2, 1), (4, 2), (8, 3), (3, 5)])

@@ -8,6 +8,8 @@
 namespace synergen::cpu {
 namespace {
 
+constexpr Isa kIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+
 bool has(Isa isa) {
   switch (isa) {
     case Isa::kBaseline:
@@ -21,6 +23,8 @@ bool has(Isa isa) {
       return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq");
+    case Isa::kAvx512Bf16:
+      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
 #endif
     default:
       return false;
@@ -29,8 +33,13 @@ bool has(Isa isa) {
 
 Isa choose() {
   const char* wanted = std::getenv("SYNERGEN_ISA");
-  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline}) {
-    if (wanted && *wanted ? name_of(isa) == std::string(wanted) && has(isa) : has(isa)) return isa;
+  if (!wanted || !*wanted) {
+    Isa best = Isa::kBaseline;
+    for (Isa isa : kIsas) best = has(isa) ? isa : best;
+    return best;
+  }
+  for (Isa isa : kIsas) {
+    if (name_of(isa) == std::string(wanted) && has(isa)) return isa;
   }
   std::string list;
   for (const std::string& name : available_isas()) list += (list.empty() ? "" : ", ") + name;
@@ -40,20 +49,29 @@ Isa choose() {
 }  // namespace
 
 const char* name_of(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+  switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
 }
 
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names = {"baseline"};
 #if defined(SYNERGEN_HAS_AVX2)
-  names.insert(names.end(), {"avx2", "avx512"});
+  names.insert(names.end(), {"avx2", "avx512", "avx512bf16"});
 #endif
   return names;
 }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : kIsas) {
     if (has(isa)) names.push_back(name_of(isa));
   }
   return names;
@@ -69,6 +87,8 @@ Isa current_isa() {
 #define SYNERGEN_DEFINE(name, Params) \
   void name(const Params& p) {        \
     switch (current_isa()) {          \
+      case Isa::kAvx512Bf16:          \
+        return avx512bf16::name(p);   \
       case Isa::kAvx512:              \
         return avx512::name(p);       \
       case Isa::kAvx2:                \

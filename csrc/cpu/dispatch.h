@@ -7,7 +7,7 @@
 
 namespace synergen::cpu {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };  // each holds those before it
 
 const char* name_of(Isa isa);
 std::vector<std::string> compiled_isas();   // in this binary

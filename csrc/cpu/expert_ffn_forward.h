@@ -4,6 +4,9 @@
 //
 // Rows of an expert are packed as lanes, its weights pass as broadcast rows. An expert with few
 // rows takes dot products instead, which read the weights straight from memory, once.
+//
+// P is the packed number (gemm.h). In pairs, D and F are even and everything is bfloat16, the
+// hidden layer between the two rounds too, as in PyTorch.
 #pragma once
 
 #include "common/dispatch.h"
@@ -11,16 +14,20 @@
 
 namespace synergen::cpu::SYNERGEN_ISA {
 
-template <class A>
+template <class P>
 class ExpertFfnForward {
+  using A = Acc<P>;
   using V = VecOf<A>;
-  static constexpr int64_t N = V::N, L = kLanes<A>;
+  static constexpr int64_t N = V::N, L = kLanes<P>, kPer = kPerPacked<P>;
 
   // Up to here dot products are faster than packing: 2 x 2048 x 8192 float32 on Zen 5, 2 threads.
+  // In pairs, one thread, 8 rows an expert take 10 ms as dot products and 12 packed ones 16.
   static constexpr int64_t kFewRows = 8;
-  // Weights of a task: 96 rows x 256 x 4 bytes packed is 96 KiB, and as much for its results: half
-  // a second-level cache.
-  static constexpr int64_t kBlock = 96, kFewBlock = 32;
+  // Weights of a task: 192 rows (96 of gate and 96 of up, or 192 of down) x 256 x 4 bytes packed
+  // are 192 KiB, its results 144 KiB: a third of a second-level cache of 1 MiB. Each panel of
+  // activations that comes from further away meets all of them; with 96 rows it was the same within
+  // 5 % on Zen 5 (D = 2048, F = 8192, 12 to 256 rows an expert).
+  static constexpr int64_t kBlock = 192, kFewBlock = 32;
   static constexpr int64_t kChunk = 192;  // rows of an expert in one task
   // Sorted rows that pass through both rounds together: their hidden layer stays in a third-level
   // cache at the demo's sizes, and reading the weights again for each window costs 3 % at the
@@ -33,10 +40,7 @@ class ExpertFfnForward {
     bool few;
     int64_t x_at, hidden_at;  // where its packed activations start
 
-    int64_t count_tasks(int64_t columns) const {
-      return few ? ceil_div(columns, kFewBlock)
-                 : ceil_div(columns, kBlock) * ceil_div(rows, kChunk);
-    }
+    int64_t count_chunks() const { return few ? 1 : ceil_div(rows, kChunk); }
   };
 
   // A segment is padded to whole panels of lanes, or to kFewRows dense rows.
@@ -50,8 +54,10 @@ class ExpertFfnForward {
         window_(ceil_div(routing_.rows, ceil_div(routing_.rows, kWindow) + (routing_.rows == 0))),
         most_segments_(p.experts < window_ ? p.experts : window_),
         segments_(most_segments_ + 1),
-        x_((window_ + most_segments_ * kPadding) * round_up(p.dim, N)),
-        hidden_((window_ + most_segments_ * kPadding) * round_up(p.hidden, N)) {}
+        dim_(p.dim / kPer),
+        hidden_dim_(p.hidden / kPer),
+        x_((window_ + most_segments_ * kPadding) * round_up(dim_, N)),
+        hidden_((window_ + most_segments_ * kPadding) * round_up(hidden_dim_, N)) {}
 
   void run() {
     if (p_.gate_pre && routing_.rows < p_.tokens * p_.top_k) {
@@ -62,13 +68,15 @@ class ExpertFfnForward {
     for (int64_t begin = 0; begin < routing_.rows; begin += window_) {
       cut(begin, begin + window_ < routing_.rows ? begin + window_ : routing_.rows);
       pack();
-      each_task(p_.hidden, [&](const Segment& s, int64_t from, int64_t chunk, const Work& work) {
-        s.few ? few_hidden(s, from, work) : hidden(s, from, chunk, work);
-      });
+      each_task(p_.hidden, kBlock / 2,
+                [&](const Segment& s, int64_t from, int64_t chunk, const Work& work) {
+                  s.few ? few_hidden(s, from, work) : hidden(s, from, chunk, work);
+                });
       if (!p_.y) continue;
-      each_task(p_.dim, [&](const Segment& s, int64_t from, int64_t chunk, const Work& work) {
-        s.few ? few_output(s, from, work) : output(s, from, chunk, work);
-      });
+      each_task(p_.dim, kBlock,
+                [&](const Segment& s, int64_t from, int64_t chunk, const Work& work) {
+                  s.few ? few_output(s, from, work) : output(s, from, chunk, work);
+                });
     }
     if (p_.y) sums_.finish();
   }
@@ -76,13 +84,14 @@ class ExpertFfnForward {
  private:
   // A worker's own memory.
   struct Work {
-    Scratch<A> packed{kBlock * kDepth};
-    Scratch<A> gate{kChunk * kBlock}, up{kChunk * kBlock};
+    Scratch<P> packed{kBlock * kDepth};
+    Scratch<A> product{kChunk * kBlock};
     Scratch<A> turned{L * kBlock};
   };
 
   void cut(int64_t begin, int64_t end) {
-    const bool dense = p_.gate_strides[2] == 1 && p_.up_strides[2] == 1 && p_.down_strides[2] == 1;
+    const bool dense =
+        is_dense(p_.gate_strides) && is_dense(p_.up_strides) && is_dense(p_.down_strides);
     int64_t lanes = 0;
     count_ = 0;
     for (int64_t e = 0; e < p_.experts; ++e) {
@@ -91,84 +100,111 @@ class ExpertFfnForward {
       if (from >= to) continue;
       const bool few = dense && to - from <= kFewRows;
       segments_[count_++] = {
-          e, from, to - from, few, lanes * round_up(p_.dim, N), lanes * round_up(p_.hidden, N)};
+          e, from, to - from, few, lanes * round_up(dim_, N), lanes * round_up(hidden_dim_, N)};
       lanes += few ? kFewRows : round_up(to - from, L);
     }
+  }
+
+  // Rows of a matrix that dot products can read.
+  static bool is_dense(const int64_t (&strides)[3]) {
+    return strides[2] == 1 && strides[1] % kPer == 0;
   }
 
   void pack() {
     const RowsOf x{p_.dtype, p_.x, p_.x_strides[0], p_.x_strides[1], routing_.tokens.data()};
     for (int64_t i = 0; i < count_; ++i) {
       const Segment& s = segments_[i];
-      A* to = x_.data() + s.x_at;
+      P* to = x_.data() + s.x_at;
       if (s.few) {
-        const int64_t step = round_up(p_.dim, N), hidden_step = round_up(p_.hidden, N);
+        const int64_t step = round_up(dim_, N), hidden_step = round_up(hidden_dim_, N);
         fill_zero(to, kFewRows * step);
         fill_zero(hidden_.data() + s.hidden_at, kFewRows * hidden_step);
-        for (int64_t r = 0; r < s.rows; ++r) x.load(s.begin + r, 0, p_.dim, to + r * step);
+        for (int64_t r = 0; r < s.rows; ++r) x.load(s.begin + r, 0, dim_, to + r * step);
       } else {
         parallel_for(
-            ceil_div(s.rows, L), ceil_div(65536, p_.dim * L), [&](int64_t begin, int64_t end) {
+            ceil_div(s.rows, L), ceil_div(65536, dim_ * L), [&](int64_t begin, int64_t end) {
               for (int64_t v = begin; v < end; ++v) {
                 const int64_t left = s.rows - v * L;
-                pack_panel(x, s.begin + v * L, left < L ? left : L, p_.dim, to + v * p_.dim * L);
+                pack_panel(x, s.begin + v * L, left < L ? left : L, dim_, to + v * dim_ * L);
               }
             });
       }
     }
   }
 
-  // body(segment, first column, first row, work) for every block of `columns` columns.
+  // body(segment, first column, first row, work) for every block of `wide` columns of each segment
+  // (kFewBlock where it is few); chunks of rows that share weights follow one another.
   template <class Body>
-  void each_task(int64_t columns, const Body& body) const {
+  void each_task(int64_t columns, int64_t wide, const Body& body) const {
+    const auto width = [&](const Segment& s) { return s.few ? kFewBlock : wide; };
+    const auto count_tasks = [&](const Segment& s) {
+      return ceil_div(columns, width(s)) * s.count_chunks();
+    };
     int64_t tasks = 0;
-    for (int64_t i = 0; i < count_; ++i) tasks += segments_[i].count_tasks(columns);
+    for (int64_t i = 0; i < count_; ++i) tasks += count_tasks(segments_[i]);
     parallel_tasks(tasks, [&](const auto& claim) {
       const Work work;
       int64_t i = 0, first = 0;  // tasks come in ascending order
       for (int64_t task; (task = claim()) < tasks;) {
-        while (task - first >= segments_[i].count_tasks(columns))
-          first += segments_[i++].count_tasks(columns);
-        const int64_t blocks = ceil_div(columns, segments_[i].few ? kFewBlock : kBlock);
-        const int64_t block = (task - first) % blocks, chunk = (task - first) / blocks;
-        body(segments_[i], block * (segments_[i].few ? kFewBlock : kBlock), chunk * kChunk, work);
+        while (task - first >= count_tasks(segments_[i])) first += count_tasks(segments_[i++]);
+        const Segment& s = segments_[i];
+        const int64_t block = (task - first) / s.count_chunks();
+        const int64_t chunk = (task - first) % s.count_chunks();
+        body(s, block * width(s), chunk * kChunk, work);
       }
     });
   }
 
-  // out[panel][column][L] for rows chunk .. chunk + kChunk of a segment, whose packed activations
-  // are given.
-  void product(const RowsOf& weights, const Segment& s, const A* packed, int64_t depth,
-               int64_t from, int64_t columns, int64_t chunk, const Work& work, A* out) const {
+  // work.product[panel][row block][L] for rows chunk .. chunk + kChunk of a segment, whose packed
+  // activations are given, and rows from .. from + columns of each matrix, padded to whole blocks.
+  template <int Count>
+  void product(const RowsOf (&weights)[Count], const Segment& s, const P* packed, int64_t depth,
+               int64_t from, int64_t columns, int64_t chunk, const Work& work) const {
     const int64_t lanes = s.rows - chunk < kChunk ? s.rows - chunk : kChunk;
+    const int64_t padded = round_up(columns, kRows);
+    const P* v = packed + chunk * depth;
+    const int64_t blocks = padded / kRows;  // of one matrix
+    const auto ahead = [&](int64_t k0, int64_t block, int64_t k) {
+      // At the end the next task's first rows, which may be another worker's.
+      const int64_t row = from + (k0 < depth ? block % blocks * kRows : columns);
+      weights[block / blocks].template prefetch<P>(row, k0 < depth ? k0 + k : k);
+    };
     multiply<Order::kByRow>(
-        depth, ceil_div(columns, kRows), lanes, depth * L, false,
-        [&](int64_t k0, int64_t) { return packed + (chunk * depth + k0 * L); },
-        [&](int64_t k0, int64_t n) {
-          pack_rows(weights, from, columns, k0, n, work.packed.data());
-          return work.packed.data();
+        depth, Count * blocks, lanes, depth * L, false,
+        [&](int64_t k0, int64_t) { return v + k0 * L; },
+        [&](int64_t k0, int64_t n, int64_t block) {
+          P* out = work.packed.data() + block * kRows * kDepth;
+          const int64_t row = block % blocks * kRows;
+          pack_rows(weights[block / blocks], from + row, columns - row, k0, n, out);
+          return out;
         },
-        out);
+        ahead, work.product.data());
   }
 
   void hidden(const Segment& s, int64_t from, int64_t chunk, const Work& work) const {
-    const int64_t columns = p_.hidden - from < kBlock ? p_.hidden - from : kBlock;
+    const int64_t columns = p_.hidden - from < kBlock / 2 ? p_.hidden - from : kBlock / 2;
     const int64_t padded = round_up(columns, kRows);
     const int64_t end = s.rows - chunk < kChunk ? s.rows - chunk : kChunk;
-    const A* x = x_.data() + s.x_at;
-    product(expert_rows(p_.expert_dtype, p_.gate, p_.gate_strides, s.expert), s, x, p_.dim, from,
-            columns, chunk, work, work.gate.data());
-    product(expert_rows(p_.expert_dtype, p_.up, p_.up_strides, s.expert), s, x, p_.dim, from,
-            columns, chunk, work, work.up.data());
+    product({expert_rows(p_.expert_dtype, p_.gate, p_.gate_strides, s.expert),
+             expert_rows(p_.expert_dtype, p_.up, p_.up_strides, s.expert)},
+            s, x_.data() + s.x_at, dim_, from, columns, chunk, work);
     for (int64_t lane = 0; lane < end; lane += L) {
-      const A* gate = work.gate.data() + lane * padded;
-      const A* up = work.up.data() + lane * padded;
+      const A* gate = work.product.data() + lane * 2 * padded;
+      const A* up = gate + padded * L;
       const int64_t lanes = end - lane < L ? end - lane : L;
-      A* out = hidden_.data() + s.hidden_at + (chunk + lane) * p_.hidden + from * L;
-      for (int64_t i = 0; i < columns * L; i += L) {
+      P* out = hidden_.data() + s.hidden_at + (chunk + lane) * hidden_dim_ + from / kPer * L;
+      const auto swiglu = [&](int64_t i) {
+        const V g = V::load(gate + i);
+        return g * sigmoid(g) * V::load(up + i);
+      };
+      for (int64_t i = 0; i < columns; i += kPer) {
         for (int64_t j = 0; j < lanes; j += N) {
-          const V g = V::load(gate + i + j);
-          (g * sigmoid(g) * V::load(up + i + j)).store(out + i + j);
+          P* to = out + i / kPer * L + j;
+          if constexpr (kPer == 2) {
+            store_pairs(swiglu(i * L + j), swiglu((i + 1) * L + j), to);
+          } else {
+            swiglu(i * L + j).store(to);
+          }
         }
       }
       if (p_.gate_pre) {
@@ -190,11 +226,11 @@ class ExpertFfnForward {
   void output(const Segment& s, int64_t from, int64_t chunk, const Work& work) const {
     const int64_t columns = p_.dim - from < kBlock ? p_.dim - from : kBlock;
     const int64_t end = s.rows - chunk < kChunk ? s.rows - chunk : kChunk;
-    product(expert_rows(p_.expert_dtype, p_.down, p_.down_strides, s.expert), s,
-            hidden_.data() + s.hidden_at, p_.hidden, from, columns, chunk, work, work.gate.data());
+    product({expert_rows(p_.expert_dtype, p_.down, p_.down_strides, s.expert)}, s,
+            hidden_.data() + s.hidden_at, hidden_dim_, from, columns, chunk, work);
     for (int64_t lane = 0; lane < end; lane += L) {
       const int64_t lanes = end - lane < L ? end - lane : L;
-      turn_panel(work.gate.data() + lane * round_up(columns, kRows), columns, lanes,
+      turn_panel(work.product.data() + lane * round_up(columns, kRows), columns, lanes,
                  work.turned.data(), kBlock);
       for (int64_t r = 0; r < lanes; ++r) {
         const int64_t row = s.begin + chunk + lane + r;
@@ -205,41 +241,50 @@ class ExpertFfnForward {
 
   // out[row][kFewBlock] = the segment's dense rows times rows from .. from + columns of the
   // weights.
-  void few_product(const RowsOf& weights, const Segment& s, const A* rows, int64_t depth,
+  void few_product(const RowsOf& weights, const Segment& s, const P* rows, int64_t depth,
                    int64_t from, int64_t columns, A* out) const {
-    dispatch_float(weights.dtype, [&](auto tag) {
+    const auto few = [&](auto tag) {
       using W = typename decltype(tag)::type;
-      if constexpr (std::is_same_v<A, float> != std::is_same_v<W, double> ||
-                    std::is_same_v<W, float>) {
-        const W* w = reinterpret_cast<const W*>(weights.at(from, 0));
-        const int64_t step = round_up(depth, N);
-        const auto dot = [&](auto dots) {
-          dots(rows, step, w, weights.row_stride, columns, depth, out, kFewBlock);
-        };
-        if (s.rows == 1) {
-          dot(dot_rows<1, A, W>);
-        } else if (s.rows == 2) {
-          dot(dot_rows<2, A, W>);
-        } else if (s.rows <= 4) {
-          dot(dot_rows<4, A, W>);
-        } else {
-          dot(dot_rows<8, A, W>);
-        }
+      const W* w = reinterpret_cast<const W*>(weights.at(from, 0));
+      const auto dot = [&](auto dots) {
+        dots(rows, round_up(depth, N), w, weights.row_stride / kPer, columns, depth, out,
+             kFewBlock);
+      };
+      if (s.rows == 1) {
+        dot(dot_rows<1, P, W>);
+      } else if (s.rows == 2) {
+        dot(dot_rows<2, P, W>);
+      } else if (s.rows <= 4) {
+        dot(dot_rows<4, P, W>);
+      } else {
+        dot(dot_rows<8, P, W>);
       }
-    });
+    };
+    if constexpr (kPer == 2) {
+      few(Type<P>{});
+    } else {
+      dispatch_float(weights.dtype, [&](auto tag) {
+        using W = typename decltype(tag)::type;
+        if constexpr (std::is_same_v<A, float> != std::is_same_v<W, double> ||
+                      std::is_same_v<W, float>) {
+          few(tag);
+        }
+      });
+    }
   }
 
   void few_hidden(const Segment& s, int64_t from, const Work& work) const {
     const int64_t columns = p_.hidden - from < kFewBlock ? p_.hidden - from : kFewBlock;
-    const A* x = x_.data() + s.x_at;
-    few_product(expert_rows(p_.expert_dtype, p_.gate, p_.gate_strides, s.expert), s, x, p_.dim,
-                from, columns, work.gate.data());
-    few_product(expert_rows(p_.expert_dtype, p_.up, p_.up_strides, s.expert), s, x, p_.dim, from,
-                columns, work.up.data());
+    const P* x = x_.data() + s.x_at;
+    few_product(expert_rows(p_.expert_dtype, p_.gate, p_.gate_strides, s.expert), s, x, dim_, from,
+                columns, work.product.data());
+    few_product(expert_rows(p_.expert_dtype, p_.up, p_.up_strides, s.expert), s, x, dim_, from,
+                columns, work.product.data() + kFewRows * kFewBlock);
     for (int64_t r = 0; r < s.rows; ++r) {
-      A* gate = work.gate.data() + r * kFewBlock;
-      A* up = work.up.data() + r * kFewBlock;
-      A* out = hidden_.data() + s.hidden_at + r * round_up(p_.hidden, N) + from;
+      A* gate = work.product.data() + r * kFewBlock;
+      A* up = work.product.data() + kFewRows * kFewBlock + r * kFewBlock;
+      const int64_t at = s.hidden_at + r * round_up(hidden_dim_, N);
+      auto* out = reinterpret_cast<Element<P>*>(hidden_.data() + at) + from;
       if (p_.gate_pre) {
         const int64_t offset = routing_.pairs[s.begin + r] * p_.hidden + from;
         store_row(p_.dtype, p_.gate_pre, offset, gate, A(1), columns);
@@ -256,10 +301,10 @@ class ExpertFfnForward {
   void few_output(const Segment& s, int64_t from, const Work& work) const {
     const int64_t columns = p_.dim - from < kFewBlock ? p_.dim - from : kFewBlock;
     few_product(expert_rows(p_.expert_dtype, p_.down, p_.down_strides, s.expert), s,
-                hidden_.data() + s.hidden_at, p_.hidden, from, columns, work.gate.data());
+                hidden_.data() + s.hidden_at, hidden_dim_, from, columns, work.product.data());
     for (int64_t r = 0; r < s.rows; ++r) {
       const int64_t row = s.begin + r;
-      sums_.put(row, from, work.gate.data() + r * kFewBlock, routing_.weights[row], columns);
+      sums_.put(row, from, work.product.data() + r * kFewBlock, routing_.weights[row], columns);
     }
   }
 
@@ -269,7 +314,8 @@ class ExpertFfnForward {
   const int64_t window_, most_segments_;
   Scratch<Segment> segments_;
   int64_t count_ = 0;
-  Scratch<A> x_, hidden_;
+  const int64_t dim_, hidden_dim_;  // of packed numbers
+  Scratch<P> x_, hidden_;
 };
 
 }  // namespace synergen::cpu::SYNERGEN_ISA

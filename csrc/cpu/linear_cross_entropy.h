@@ -70,9 +70,13 @@ class Logits {
     multiply<Order::kByRow>(
         p_.dim, ceil_div(columns, kRows), work.count, p_.dim * L, false,
         [&](int64_t k0, int64_t) { return work.rows.data() + k0 * L; },
-        [&](int64_t k0, int64_t n) {
-          pack_rows(weight_, from, columns, k0, n, work.weights.data());
-          return work.weights.data();
+        [&](int64_t k0, int64_t n, int64_t block) {
+          A* packed = work.weights.data() + block * kRows * kDepth;
+          pack_rows(weight_, from + block * kRows, columns - block * kRows, k0, n, packed);
+          return packed;
+        },
+        [&](int64_t k0, int64_t block, int64_t k) {
+          if (k0 < p_.dim) weight_.prefetch<A>(from + block * kRows, k0 + k);
         },
         work.block.data());
     for (int64_t lane = 0; lane < work.count; lane += N) {

@@ -118,14 +118,15 @@ class Backward {
         multiply<Order::kByRow>(
             columns, ceil_div(rows, kRows), wide, kDepth * L, first > 0,
             [&](int64_t k0, int64_t n) {
-              pack_lanes(logits_.weight(), first + k0, n, from, wide, work.right.data());
+              pack_lanes(logits_.weight(), first, columns, k0, n, from, wide, work.right.data());
               return work.right.data();
             },
-            [&](int64_t k0, int64_t n) {
-              pack_rows(p_rows(), row, rows, k0, n, work.left.data());
-              return work.left.data();
+            [&](int64_t k0, int64_t n, int64_t block) {
+              A* packed = work.left.data() + block * kRows * kDepth;
+              pack_rows(p_rows(), row + block * kRows, rows - block * kRows, k0, n, packed);
+              return packed;
             },
-            product);
+            NothingAhead{}, product);
         if (first + columns < p_.vocab) continue;
         for (int64_t r = 0; r < rows; ++r) {
           gather(product, r, rows, wide, work);
@@ -148,14 +149,14 @@ class Backward {
         multiply<Order::kByDepth>(
             rows_, ceil_div(tall, kRows), wide, kDepth * L, false,
             [&](int64_t k0, int64_t n) {
-              pack_lanes(logits_.x(), k0, n, from, wide, work.right.data());
+              pack_lanes(logits_.x(), 0, rows_, k0, n, from, wide, work.right.data());
               return work.right.data();
             },
-            [&](int64_t k0, int64_t n) {
-              pack_columns(p_rows(), k0, n, top, tall, work.left.data());
-              return work.left.data();
+            [&](int64_t k0, int64_t n, int64_t block) {
+              if (block == 0) pack_columns(p_rows(), 0, rows_, k0, n, top, tall, work.left.data());
+              return work.left.data() + block * kRows * kDepth;
             },
-            work.product.data());
+            NothingAhead{}, work.product.data());
         for (int64_t r = 0; r < tall; ++r) {
           gather(work.product.data(), r, tall, wide, work);
           store_row(p_.weight_dtype, p_.dweight, (first + top + r) * p_.dim + from, work.row.data(),

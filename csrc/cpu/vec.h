@@ -284,7 +284,15 @@ using VecD = PlainVec<double, 4>;
 
 // The vector that computes for storage type T.
 template <class T>
-using VecOf = std::conditional_t<std::is_same_v<T, double>, VecD, VecF>;
+struct VecOfType {
+  using type = VecF;
+};
+template <>
+struct VecOfType<double> {
+  using type = VecD;
+};
+template <class T>
+using VecOf = typename VecOfType<T>::type;
 
 // The first n < V::N elements; the other lanes are zero on load and not written on store.
 template <class V, class T>
