@@ -134,4 +134,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &cpu::available_isas);
   m.def("compiled_isas", &cpu::compiled_isas);
   m.def("current_isa", [] { return cpu::name_of(cpu::current_isa()); });
+  m.def("kernel_isa", [](const std::string& kernel) { return cpu::name_of(cpu::isa_of(kernel)); });
 }

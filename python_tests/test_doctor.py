@@ -19,8 +19,11 @@ def test_report_of_this_installation():
     assert checks["torch"].value == torch.__version__ and checks["torch"].ok
     assert checks["compiled module"].ok
     assert _C.current_isa() in checks["CPU kernels"].value
-    for op in ("rms_norm", "rope", "fold_tokens", "unfold_ids"):
-        assert _C.current_isa() in checks[f"op {op}"].value
+    for op in ("rms_norm", "rope", "fold_tokens", "sample_tokens"):
+        assert f"CPU: {_C.kernel_isa(op)} kernel" in checks[f"op {op}"].value
+    assert f"CPU: {_C.current_isa()} kernel" in checks["op expert_ffn"].value
+    assert _C.current_isa() == "avx512bf16" or _C.kernel_isa("rope") == _C.current_isa()
+    assert _C.kernel_isa("rope") != "avx512bf16"  # it multiplies no bfloat16
     for check in checks.values():
         assert check.value and "\n" not in check.value
         assert check.ok == (not check.remedy), check

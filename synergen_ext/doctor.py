@@ -93,9 +93,9 @@ def _compiled() -> list[Check]:
 
     gpu = torch.cuda.is_available()
     for op in sorted(name for name in dir(module.kernels) if not name.startswith("_")):
-        # unfold_ids is fold_ids run backwards: one kernel.
-        kernel = "fold_ids" if op == "unfold_ids" else op
-        value = f"CPU: {isa} kernel"
+        # unfold_ids is fold_ids run backwards, expert_ffn_train keeps more: one kernel each.
+        kernel = {"unfold_ids": "fold_ids", "expert_ffn_train": "expert_ffn"}.get(op, op)
+        value = f"CPU: {module.kernel_isa(kernel)} kernel"
         if gpu:
             native = kernel in with_cuda
             value += "; CUDA: kernel" if native else "; CUDA: PyTorch reference"

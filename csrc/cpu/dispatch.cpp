@@ -83,6 +83,15 @@ Isa current_isa() {
   return isa;
 }
 
+Isa isa_of(const std::string& kernel) {
+  if (current_isa() != Isa::kAvx512Bf16) return current_isa();
+#define SYNERGEN_IF(name, Params) \
+  if (kernel == #name) return Isa::kAvx512Bf16;
+  SYNERGEN_BF16_KERNELS(SYNERGEN_IF)
+#undef SYNERGEN_IF
+  return Isa::kAvx512;
+}
+
 #if defined(SYNERGEN_HAS_AVX2)
 #define SYNERGEN_DEFINE(name, Params) \
   void name(const Params& p) {        \

@@ -14,4 +14,6 @@ std::vector<std::string> compiled_isas();   // in this binary
 std::vector<std::string> available_isas();  // in this binary and on this CPU
 Isa current_isa();                          // the one that kernels use; SYNERGEN_ISA overrides
 
+Isa isa_of(const std::string& kernel);  // as far as this kernel goes along with it
+
 }  // namespace synergen::cpu
