@@ -132,7 +132,9 @@ def test_chat_templates():
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
         "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n"
     )
-    line = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+    line = (
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+    )
     assert chat_text([("user", "U")], "internvl") == (
         f"<s><|im_start|>system\n{line}<|im_end|><|im_start|>user\nU<|im_end|><|im_start|>assistant\n"
     )

@@ -23,9 +23,9 @@ def register(app: typer.Typer) -> None:
             "synergen convert --llm SmolLM2-135M-Instruct.Q4_1.gguf --out start --dtype bfloat16",
         )
     )(convert)
-    app.command(
-        epilog=examples("synergen export --checkpoint start --out plain   [dim]# the LLM, as it came[/dim]")
-    )(export)
+    app.command(epilog=examples("synergen export --checkpoint start --out plain   [dim]# the LLM, as it came[/dim]"))(
+        export
+    )
 
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder; appears whole, or not at all.")]

@@ -1,4 +1,4 @@
-"""Emu3's image tokenizer, from its own layout, from transformers', or from inside an Emu3 checkpoint of transformers."""
+"""Emu3's image tokenizer: its own layout, transformers', or the part of an Emu3 checkpoint of transformers."""
 
 from __future__ import annotations
 
@@ -110,4 +110,3 @@ def _prefix(weights: Weights) -> str:
         if prefix + "quantize.embedding.weight" in weights.shapes:
             return prefix
     raise ValueError(f"convert: quantize.embedding.weight must be in {weights.folder}, got nothing")
-

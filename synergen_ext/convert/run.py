@@ -44,8 +44,8 @@ def convert(
     image_size: int = 512, fold: tuple[int, int] = (2, 8), head_layers: int = 4,
     on_progress: OnProgress = lambda done, total: None, on_note: OnNote = lambda note: None,
 ) -> SynerGenConfig:  # fmt: skip
-    """A SynerGen-VL starting checkpoint: the LLM's weights, vision experts copied from its FFNs (or Mono-InternVL's own),
-    everything that reads and writes image tokens new.
+    """A SynerGen-VL starting checkpoint: the LLM's weights, vision experts copied from its FFNs (or Mono-InternVL's
+    own), everything that reads and writes image tokens new.
 
     Weights pass one tensor at a time. ``out`` appears whole at the end, or not at all.
 
@@ -62,7 +62,7 @@ def convert(
     Raises:
         FileNotFoundError: a folder or file is missing.
         FileExistsError: ``out`` has something in it.
-        ValueError: a weight is missing, surplus or of another shape, by name; a config that our backbone cannot compute.
+        ValueError: a weight is missing, surplus or of another shape, by name; or a config that ours cannot compute.
     """
     llm, out = Path(llm), Path(out)
     if dtype is not None and dtype not in DTYPES:
@@ -85,6 +85,7 @@ def convert(
                 "fold": fold,
                 "token_embed_size": sizes["hidden_size"],
                 "head_layers": head_layers,
+                "image_top_k": min(SynerGenConfig.image_top_k, codes),
             }
         )
         _write_model(folder, config, source_config, source, family, DTYPES.get(dtype or ""), on_progress, on_note)
@@ -194,8 +195,11 @@ def _write_model(
 
 def _shapes(config: SynerGenConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of our model file."""
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in SynerGenVL(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            shapes = {k: tuple(v.shape) for k, v in SynerGenVL(config).state_dict().items()}
+    except RuntimeError as e:  # a size past 2^63 bytes
+        raise ValueError(f"convert: a model of these sizes cannot be built: {e}") from e
     if config.tie_word_embeddings:
         del shapes["output.weight"]
     return shapes
@@ -228,5 +232,3 @@ def _atomic_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-

@@ -49,7 +49,7 @@ def convert_text_tokenizer(llm: Path, out: Path, vocab_size: int, on_note: Calla
 
 
 def read_tokenizer(llm: Path) -> Tokenizer | None:
-    """The tokenizer of a folder or GGUF file: ``tokenizer.json`` first, then ``tokenizer.model``; None if there is none."""
+    """The tokenizer of a folder (``tokenizer.json`` first, then ``tokenizer.model``) or GGUF file, or None."""
     files = [llm] if llm.is_file() else sorted(llm.glob("*.gguf"))
     fast, slow = llm / TOKENIZER_FILE, llm / "tokenizer.model"
     for path in (fast, slow):
@@ -85,7 +85,8 @@ def from_sentencepiece(path: Path, added: dict[int, str]) -> Tokenizer:
 
     Args:
         path: ``tokenizer.model``.
-        added: special tokens by id; ids of the file are renamed, ids that follow it are appended. InternLM2's are known.
+        added: special tokens by id; ids of the file are renamed, ids that follow it are appended. InternLM2's are
+            known.
 
     Raises:
         ImportError: ``sentencepiece`` is not installed.
@@ -94,9 +95,7 @@ def from_sentencepiece(path: Path, added: dict[int, str]) -> Tokenizer:
     try:
         from sentencepiece import sentencepiece_model_pb2 as pb2
     except ImportError as e:
-        raise ImportError(
-            "tokenizer.model needs the package sentencepiece: pip install 'synergen_ext[convert]'"
-        ) from e
+        raise ImportError("tokenizer.model needs the package sentencepiece: pip install 'synergen_ext[convert]'") from e
     proto = pb2.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())

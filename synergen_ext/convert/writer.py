@@ -44,7 +44,7 @@ def write_safetensors(
                 raise ValueError(
                     f"write: {due} must be {list(shape)} {dtype}, got {name} {list(tensor.shape)} {tensor.dtype}"
                 )
-            f.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            f.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if (left := next(wanted, None)) is not None:
             raise ValueError(f"write: {left[0]} was planned, got nothing")
         f.flush()

@@ -33,15 +33,14 @@ CHAT_TEMPLATES = {
     "internvl": ChatTemplate(
         start="<s>",
         after="",
-        system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",
+        system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+        "英文名叫InternVL, 是一个有用无害的人工智能助手。",
     ),
     "chatml": ChatTemplate(),
 }
 
 
-def chat_turns(
-    messages: Sequence[tuple[str, str]], template: str
-) -> tuple[ChatTemplate, list[tuple[str, str]]]:
+def chat_turns(messages: Sequence[tuple[str, str]], template: str) -> tuple[ChatTemplate, list[tuple[str, str]]]:
     """A template by name, and the turns with its system line if it has one and the messages do not.
 
     Args:
