@@ -352,13 +352,14 @@ def test_from_the_command_line_to_a_picture(tmp_path, capsys):
     assert pipeline.paint(["a red apple"], seeds=1)[0].size == (16, 16)
 
     assert main(["export", "--checkpoint", str(tmp_path / "out"), "--out", str(tmp_path / "plain")]) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").config.vocab_size == 300
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.config.vocab_size == 300 and plain.config.dtype == torch.bfloat16
 
     for wrong, message in (
         (["--fold", "2by4"], "--fold must be rows x columns"),
         (["--dtype", "int8"], "dtype must be one of float32"),
         (["--llm", str(tmp_path / "nothing")], "no config.json"),
-        (["--image-size", "18", "--out", str(tmp_path / "new")], "config: image_grid columns must be a multiple of"),
+        (["--image-size", "18", "--out", str(tmp_path / "new")], "config: image_grid rows must be a multiple of"),
         (["--image-size", "17", "--out", str(tmp_path / "new")], "image_size must be a positive multiple of 2"),
     ):
         new = [*folders, *rest, "--out", str(tmp_path / "new"), *wrong]

@@ -115,6 +115,9 @@ def export_llm(checkpoint: str | Path, out: str | Path, on_progress: OnProgress 
     entries = family.entries(source_config, config)
     dtype = weights.read("norm.weight").dtype
     plan = {e.theirs: (_their_shape(e, wanted), dtype) for e in entries}
+    # transformers loads in the dtype of the config; `convert --dtype` may have changed the weights'.
+    for key in {"dtype", "torch_dtype"} & source_config.keys():
+        source_config[key] = str(dtype).removeprefix("torch.")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for done, entry in enumerate(entries):
