@@ -59,16 +59,10 @@ class SynerGenVL(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02); matrices that write to the residual stream are divided by sqrt(2 * layers)."""
+        """Every parameter that is not on the meta device, by ``init_parameter``."""
         for name, p in self.named_parameters():
-            if p.is_meta:
-                continue
-            if p.ndim == 1:
-                nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
-                continue
-            depth = self.config.head_layers if name.startswith("unfolding_head") else self.config.num_layers
-            residual = name.endswith(("wo.weight", "down"))
-            nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if residual else 0.02)
+            if not p.is_meta:
+                init_parameter(self.config, name, p)
 
     @property
     def blocks(self) -> list[Block]:
@@ -253,6 +247,16 @@ class SynerGenVL(nn.Module):
         if config.tie_word_embeddings:
             model.output.weight = model.tok_embeddings.weight
         return model.eval()
+
+
+@torch.no_grad()
+def init_parameter(config: SynerGenConfig, name: str, p: Tensor) -> Tensor:
+    """Normal(0, 0.02); matrices that write to the residual stream are divided by sqrt(2 * layers). Returns ``p``."""
+    if p.ndim == 1:
+        return nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
+    depth = config.head_layers if name.startswith("unfolding_head") else config.num_layers
+    residual = name.endswith(("wo.weight", "down"))
+    return nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if residual else 0.02)
 
 
 def _size(ffn: FFN) -> int:

@@ -178,15 +178,33 @@ class ImageTokenizer(nn.Module):
         """Write the config and the weights (safetensors), the weights cast to ``dtype`` if given."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        data = self.config.to_diff_dict()
-        if self.window is not None:
-            data["window"] = list(self.window)
-        (folder / CONFIG_FILE).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+        self.save_config(folder)
         state = {
             k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous()
             for k, v in self.vq.state_dict().items()
         }
         save_file(state, str(folder / WEIGHTS_FILE))
+
+    def save_config(self, folder: Path) -> None:
+        """Write the config alone."""
+        data = self.config.to_diff_dict()
+        if self.window is not None:
+            data["window"] = list(self.window)
+        (folder / CONFIG_FILE).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def on_meta(cls, data: dict[str, Any], where: str) -> ImageTokenizer:
+        """A tokenizer without memory for its weights, of a config's fields.
+
+        Raises:
+            ValueError: the fields are no tokenizer's, too large, or do not fit together.
+        """
+        config, window = _check_config(data, where)
+        try:
+            with torch.device("meta"):
+                return cls(config, window)
+        except (RuntimeError, ValueError, ZeroDivisionError) as e:  # widths that overflow, or do not divide
+            raise ValueError(f"image tokenizer: {where} cannot be built: {e}") from e
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
@@ -200,12 +218,7 @@ class ImageTokenizer(nn.Module):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"image tokenizer: no {name} in {folder}")
-        config, window = _read_config(folder / CONFIG_FILE)
-        try:
-            with torch.device("meta"):
-                model = cls(config, window)
-        except (RuntimeError, ValueError, ZeroDivisionError) as e:  # widths that overflow, or do not divide
-            raise ValueError(f"image tokenizer: {folder / CONFIG_FILE} cannot be built: {e}") from e
+        model = cls.on_meta(_read_config(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
         state = read_weights(folder / WEIGHTS_FILE, model.vq.state_dict(), "image tokenizer")
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         model.vq.load_state_dict(state, assign=True)
@@ -224,21 +237,25 @@ CONFIG_FIELDS = (
 _MAX_BLOCKS = 64
 
 
-def _read_config(path: Path) -> tuple[Emu3VQVAEConfig, tuple[int, int] | None]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except ValueError as e:  # broken JSON or broken UTF-8
         raise ValueError(f"image tokenizer: {path} is not JSON: {e}") from e
     if not isinstance(data, dict):
         raise ValueError(f"image tokenizer: {path} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _check_config(data: dict[str, Any], where: str) -> tuple[Emu3VQVAEConfig, tuple[int, int] | None]:
     try:
         config = Emu3VQVAEConfig(**{k: v for k, v in data.items() if k in CONFIG_FIELDS})
         blocks = max(config.num_res_blocks, len(config.channel_multiplier), config.temporal_downsample_factor)
     except Exception as e:  # transformers checks types with exceptions of its own
-        raise ValueError(f"image tokenizer: {path} is not a tokenizer's config: {' '.join(str(e).split())}") from e
+        raise ValueError(f"image tokenizer: {where} is not a tokenizer's config: {' '.join(str(e).split())}") from e
     if blocks > _MAX_BLOCKS:
-        raise ValueError(f"image tokenizer: {path} must ask for at most {_MAX_BLOCKS} blocks a stage, got {blocks}")
-    return config, read_window(data.get("window"), f"image tokenizer: {path}")
+        raise ValueError(f"image tokenizer: {where} must ask for at most {_MAX_BLOCKS} blocks a stage, got {blocks}")
+    return config, read_window(data.get("window"), f"image tokenizer: {where}")
 
 
 def read_window(value: Any, where: str) -> tuple[int, int] | None:
