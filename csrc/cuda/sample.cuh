@@ -109,9 +109,9 @@ class RowSampler {
 
   // Options must be on the board, of one thread's writing.
   SIMT_FN void scan() {
-    clear(board_.members);
-    clear(board_.low);
-    clear(board_.high);
+    store_pack(board_.members, threadIdx.x, Pack<uint32_t, kBinsEach>{});
+    board_.low[threadIdx.x] = 0;
+    board_.high[threadIdx.x] = 0;
     __syncthreads();
     const bool counting = options_.temperature != 0 && options_.top_k > 0;
     Key most = least();
@@ -140,7 +140,7 @@ class RowSampler {
     if (counting) {
       __syncthreads();
       store_pack(scratch_.counts + int64_t{part_} * kSampleBins, threadIdx.x,
-                 take_bins(board_.members));
+                 take_bins<kBinsEach>(board_.members));
     }
   }
 
@@ -182,13 +182,12 @@ class RowSampler {
   SIMT_FN int64_t draw() {
     if (filtered_) {
       held_ = -1;  // from here on a place in the list
-#pragma unroll 1
-      for (int filter = 0; filter < 2; ++filter) {
-        const bool by_mass = filter == 1;
-        if (by_mass ? options_.top_p < 1 : left_ > 0) keep(by_mass);
-      }
-      walk([&](int chunk) {
-        const uint64_t own = warp_sum(mass_left(chunk));
+      if (left_ > 0) keep<false>();
+      if (options_.top_p < 1) keep<true>();
+      walk([&](int chunk, int begin, int end) {
+        uint64_t own = 0;
+        for_chunk(begin, end, [&](int e, int) { own += masses_[e]; });
+        own = warp_sum(own);
         if (lane() == 0) sum_of(chunk) = own;
       });
       __syncthreads();
@@ -199,11 +198,11 @@ class RowSampler {
   }
 
  private:
-  // Some keys, or of one key some places in the list: the next digit to be found is that of the
-  // distance below `top`, or of the place, above what is known, `base`.
+  // Keys from `top` down, or of this key alone places in the list from `first` up: the next digit to
+  // be found is that of the distance.
   struct Range {
-    Key top, base;
-    int shift;
+    Key top;
+    int first, shift;
     bool places;
   };
 
@@ -215,15 +214,10 @@ class RowSampler {
     return static_cast<uint32_t>(~key >> (kKeyBits - kSampleDigit));
   }
 
-  SIMT_FN static void clear(uint32_t* bins) {
-    store_pack(bins, threadIdx.x, Pack<uint32_t, kBinsEach>{});
-  }
   // Of this thread, in a tile.
   SIMT_FN static int64_t first_token(int tile) {
     return int64_t{tile} * kSampleTile + threadIdx.x * kSampleEach;
   }
-  // And in a chunk of the list.
-  SIMT_FN static int first_place(int chunk) { return chunk * kSampleChunk + lane() * kSampleEach; }
 
   SIMT_FN uint64_t& sum_of(int chunk) const {
     return scratch_.tiles[chunk / kSampleWarps].sums[chunk % kSampleWarps];
@@ -253,7 +247,8 @@ class RowSampler {
     });
     if (!cut_short) return;
     filtered_ = true;
-    floor_ = static_cast<Key>(~static_cast<Key>(board_.chosen) << (kKeyBits - kSampleDigit));
+    const Key bin = static_cast<Key>(~static_cast<Key>(board_.chosen) << (kKeyBits - kSampleDigit));
+    floor_ = bin > floor_ ? bin : floor_;
     const uint64_t left = k - board_.before;
     left_ = left < board_.inside ? static_cast<uint32_t>(left) : 0;
   }
@@ -280,7 +275,9 @@ class RowSampler {
 
   // Without filters: what each thread's tokens weigh together, and each warp's, a chunk.
   SIMT_FN void add_up(int tile) {
-    if (tile != held_) hold(tile);
+    if (tile != held_) {
+      hold(tile);
+    }
     // Four at a time: enough that their chains fill the pipe of 64-bit arithmetic, and eight take
     // more than the 128 registers there are.
     constexpr int kTogether = 4;
@@ -304,7 +301,9 @@ class RowSampler {
   // With filters: the tile's tokens from floor_ on. Masses are computed once the few that top-k
   // leaves have been put together: spread over the warps they would cost as much as all.
   SIMT_FN void list(int tile) {
-    if (tile != held_) hold(tile);
+    if (tile != held_) {
+      hold(tile);
+    }
     const uint32_t i = static_cast<uint32_t>(first_token(tile));
     const int base = tile * kSampleTile;
     uint32_t own = 0, total;
@@ -322,6 +321,7 @@ class RowSampler {
     if (threadIdx.x < kSampleWarps) scratch_.tiles[tile].sums[threadIdx.x] = 0;
     __syncthreads();
     // One at a time: of four warps on each quarter of a multiprocessor one is always ready.
+#pragma unroll 1
     for (int j = base + static_cast<int>(threadIdx.x); j < end; j += kSampleThreads) {
       const Key key[1] = {scratch_.keys[j]};
       uint64_t mass[1];
@@ -341,81 +341,83 @@ class RowSampler {
     }
   }
 
-  // kAtOnce of this thread's places of a chunk, from `place` on; past the end keys that never stay.
-  SIMT_FN void fetch(int place) {
-    constexpr int kKeys = kAtOnce < kPack<Key> ? kAtOnce : kPack<Key>;
-    constexpr int kMasses = kPack<uint64_t>;
-    const int tile = place / kSampleTile, end = tile * kSampleTile + scratch_.tiles[tile].filled;
+  static_assert(kSampleWarps == 1 << 4);
+  // Warps to a tile of the list: as many as there are, by a power of two.
+  SIMT_FN int ways_bits() const {
+    return tiles_ < kSampleWarps ? 4 - bit_width(static_cast<uint32_t>(tiles_ - 1)) : 0;
+  }
+  // Places of a thread in a chunk of a tile of which so many places are filled: as few as will do,
+  // so that all warps have their share.
+  SIMT_FN int each_of(int filled) const {
+    const int bits = 5 + ways_bits(), most = (filled + (1 << bits) - 1) >> bits;
+    return most < kSampleEach ? most : kSampleEach;
+  }
+
+  // kAtOnce of this thread's places of a chunk, from `begin` on; past the end keys that never stay.
+  SIMT_FN void fetch(int begin, int end) {
 #pragma unroll
     for (int e = 0; e < kAtOnce; ++e) {
-      keys_[e] = 0;
-      masses_[e] = 0;
+      if (begin + e * 32 >= end) break;
+      const int place = begin + e * 32 + lane();
+      keys_[e] = place < end ? scratch_.keys[place] : 0;
+      masses_[e] = place < end ? scratch_.mass[place] : 0;
     }
-    if (place < end) {
-#pragma unroll
-      for (int first = 0; first < kAtOnce; first += kKeys) {
-        const auto pack = load_pack<kKeys>(scratch_.keys, (place + first) / kKeys, 1);
-#pragma unroll
-        for (int e = 0; e < kKeys; ++e) {
-          if (place + first + e < end) keys_[first + e] = pack.v[e];
-        }
-      }
-#pragma unroll
-      for (int first = 0; first < kAtOnce; first += kMasses) {
-        const auto pack = load_pack<kMasses>(scratch_.mass, (place + first) / kMasses, 1);
-#pragma unroll
-        for (int e = 0; e < kMasses; ++e) masses_[first + e] = pack.v[e];
-      }
-    }
-    held_ = place;
+    held_ = begin;
   }
 
   // visit(e, place) for this thread's places of a chunk that stay: keys_[e] and masses_[e] are theirs.
   template <class Visit>
-  SIMT_FN void for_chunk(int chunk, const Visit& visit) {
-    const int begin = first_place(chunk);
+  SIMT_FN void for_chunk(int begin, int end, const Visit& visit) {
 #pragma unroll 1
-    for (int place = begin; place < begin + kSampleEach; place += kAtOnce) {
-      if (place != held_) fetch(place);
+    for (; begin < end; begin += kAtOnce * 32) {
+      if (begin != held_) {
+        fetch(begin, end);
+      }
 #pragma unroll
       for (int e = 0; e < kAtOnce; ++e) {
-        if (stays(keys_[e], place + e)) visit(e, place + e);
+        if (begin + e * 32 >= end) break;
+        const int place = begin + e * 32 + lane();
+        if (stays(keys_[e], place)) visit(e, place);
       }
     }
-  }
-  SIMT_FN uint64_t mass_left(int chunk) {
-    uint64_t own = 0;
-    for_chunk(chunk, [&](int e, int) { own += masses_[e]; });
-    return own;
   }
 
-  // visit(chunk) by one warp for every chunk of the list: as many warps to a tile as there are, or
-  // several tiles to a warp.
+  // visit(chunk, begin, end) by one warp for every chunk of the list, with its places.
   template <class Visit>
   SIMT_FN void walk(const Visit& visit) {
-    const int ways = tiles_ < kSampleWarps ? kSampleWarps / tiles_ : 1;
-    for (int unit = warp(); unit < tiles_ * ways; unit += kSampleWarps) {
-      const int tile = unit / ways;
-      const int filled = scratch_.tiles[tile].filled;
-      for (int part = unit % ways; part * kSampleChunk < filled; part += ways) {
-        visit(tile * kSampleWarps + part);
+    const int bits = ways_bits(), ways = 1 << bits;
+    for (int tile = warp() >> bits; tile < tiles_; tile += kSampleWarps) {
+      const int filled = scratch_.tiles[tile].filled, size = 32 * each_of(filled);
+      const int base = tile * kSampleTile;
+      for (int part = warp() & (ways - 1); part * size < filled; part += ways) {
+        const int begin = part * size, next = begin + size;
+        visit(tile * kSampleWarps + part, base + begin, base + (next < filled ? next : filled));
       }
     }
+  }
+  SIMT_FN uint64_t mass_left(int place, int end) const {
+    return place < end && stays(scratch_.keys[place], place) ? scratch_.mass[place] : 0;
   }
 
   // visit(e, place, digit) for what stays and has a digit.
   template <class Visit>
   SIMT_FN void walk_digits(const Range& range, const Visit& visit) {
-    walk([&](int chunk) {
-      for_chunk(chunk, [&](int e, int place) {
-        const Key key = keys_[e];
-        if (key > range.top || (range.places && key != range.top)) return;
-        const Key distance = range.places ? static_cast<Key>(place) : range.top - key;
-        const Key digit = static_cast<Key>(distance - range.base) >> range.shift;
-        if (distance >= range.base && digit < kSampleBins) {
-          visit(e, place, static_cast<uint32_t>(digit));
-        }
-      });
+    walk([&](int, int begin, int end) {
+      if (range.places) {
+        for_chunk(begin, end, [&](int e, int place) {
+          const int digit = (place - range.first) >> range.shift;
+          if (keys_[e] == range.top && place >= range.first && digit < kEndBins) {
+            visit(e, place, static_cast<uint32_t>(digit));
+          }
+        });
+      } else {
+        for_chunk(begin, end, [&](int e, int place) {
+          const Key digit = static_cast<Key>(range.top - keys_[e]) >> range.shift;
+          if (keys_[e] <= range.top && digit < kEndBins) {
+            visit(e, place, static_cast<uint32_t>(digit));
+          }
+        });
+      }
     });
   }
 
@@ -423,12 +425,14 @@ class RowSampler {
   // weight reaches the target: so many of the first digit's bin, or the share top_p of all masses.
   // Equal logits have equal weights, so of the last logit as many ids stay as the rest of the
   // target needs.
-  SIMT_FN void keep(bool by_mass) {
-    Range range{by_mass ? most_ : floor_ + ((Key{1} << (kKeyBits - kSampleDigit)) - 1), 0, 0, false};
+  template <bool kByMass>
+  SIMT_FN void keep() {
+    constexpr int kDigitBits = kKeyBits - kSampleDigit;
+    Range range{kByMass ? most_ : floor_ | ((Key{1} << kDigitBits) - 1), 0, 0, false};
     int unknown = bit_width(static_cast<Key>(range.top - floor_));
-    uint64_t target = by_mass ? 0 : left_;  // 0: not computed yet
+    uint64_t target = kByMass ? 0 : left_;  // 0: not computed yet
     const auto goal = [&](uint64_t total) {
-      if (target == 0) {
+      if (kByMass && target == 0) {
         // Not above the total: the largest share below 1 takes a whole step of double away.
         const double wanted = std::ceil(__dmul_rn(options_.top_p, static_cast<double>(total)));
         target = wanted < 1 ? 1 : static_cast<uint64_t>(wanted);
@@ -436,57 +440,59 @@ class RowSampler {
       return target;
     };
     while (true) {
-      range.shift = unknown < kSampleDigit ? 0 : unknown - kSampleDigit;
-      weigh_digits(range, by_mass, goal);
+      range.shift = unknown < kEndDigit ? 0 : unknown - kEndDigit;
+      weigh_digits<kByMass>(range, goal);
       target -= board_.before;
-      const Key bin = range.base + (static_cast<Key>(board_.chosen) << range.shift);
-      if (target == board_.inside) {  // all of it stays
-        const Key last = bin + ((Key{1} << range.shift) - 1);
-        if (range.places) {
-          end_at(range.top, static_cast<int>(last));
-        } else if (last < range.top - floor_) {
-          end_at(range.top - last, kAllPlaces);
-        }
+      if (target < board_.inside && board_.chosen_members <= kSampleRanked) {
+        return rank<kByMass>(range, target);
+      }
+      const Key begin = static_cast<Key>(board_.chosen) << range.shift;
+      const Key rest = (Key{1} << range.shift) - 1;
+      if (range.places) {
+        range.first += static_cast<int>(begin);
+      } else {
+        range.top -= begin;
+      }
+      if (target == board_.inside) {  // all of the bin stays
+        if (range.places) return end_at(range.top, range.first + static_cast<int>(rest));
+        if (rest < range.top - floor_) end_at(range.top - rest, kAllPlaces);
         return;
       }
-      if (board_.chosen_members <= kSampleRanked) return rank(range, by_mass, target);
-      range.base = bin;
       unknown = range.shift;
-      if (unknown == 0) {
-        range = {range.top - bin, 0, 0, true};
+      if (unknown == 0) {  // one logit, of many tokens
+        range.places = true;
         unknown = bit_width(static_cast<uint32_t>(tiles_ * kSampleTile - 1));
       }
     }
   }
 
   // Adds up weights, ones or masses, by digit, and picks the bin in which they reach the goal.
-  template <class Goal>
-  SIMT_FN void weigh_digits(const Range& range, bool by_mass, const Goal& goal) {
+  template <bool kByMass, class Goal>
+  SIMT_FN void weigh_digits(const Range& range, const Goal& goal) {
     walk_digits(range, [&](int e, int, uint32_t digit) {
       atomicAdd(&board_.members[digit], 1u);
-      if (!by_mass) return;
-      const uint32_t low = static_cast<uint32_t>(masses_[e]);
-      const uint32_t carry = atomicAdd(&board_.low[digit], low) + low < low;
-      const uint32_t high = static_cast<uint32_t>(masses_[e] >> 32) + carry;
-      if (high != 0) atomicAdd(&board_.high[digit], high);
+      if constexpr (kByMass) {
+        const uint32_t low = static_cast<uint32_t>(masses_[e]);
+        const uint32_t carry = atomicAdd(&board_.low[digit], low) + low < low;
+        const uint32_t high = static_cast<uint32_t>(masses_[e] >> 32) + carry;
+        if (high != 0) atomicAdd(&board_.high[digit], high);
+      }
     });
     __syncthreads();
-    const auto members = take_bins(board_.members);
-    uint64_t weights[kBinsEach];
-    if (by_mass) {
-      const auto low = take_bins(board_.low), high = take_bins(board_.high);
-#pragma unroll
-      for (int b = 0; b < kBinsEach; ++b) weights[b] = uint64_t{high.v[b]} << 32 | low.v[b];
+    const auto members = take_bins<1>(board_.members);
+    if constexpr (kByMass) {
+      const uint64_t high = take_bins<1>(board_.high).v[0];
+      const uint64_t weights[1] = {high << 32 | take_bins<1>(board_.low).v[0]};
+      pick_bin(members.v, weights, board_, goal);
     } else {
-#pragma unroll
-      for (int b = 0; b < kBinsEach; ++b) weights[b] = members.v[b];
+      pick_bin(members.v, members.v, board_, goal);
     }
-    pick_bin(members.v, weights, board_, goal);
   }
 
   // Ends the list within the chosen bin, which has few tokens: four threads to each add up what
   // comes before it.
-  SIMT_FN void rank(const Range& range, bool by_mass, uint64_t target) {
+  template <bool kByMass>
+  SIMT_FN void rank(const Range& range, uint64_t target) {
     const uint32_t chosen = board_.chosen;
     const int members = static_cast<int>(board_.chosen_members);
     walk_digits(range, [&](int e, int place, uint32_t digit) {
@@ -494,7 +500,7 @@ class RowSampler {
       const uint32_t at = atomicAdd(&board_.ranked, 1u);
       board_.ranked_key[at] = keys_[e];
       board_.ranked_place[at] = static_cast<uint32_t>(place);
-      board_.ranked_weight[at] = by_mass ? masses_[e] : 1;
+      board_.ranked_weight[at] = kByMass ? masses_[e] : 1;
     });
     __syncthreads();
     if (warp() * 8 < members) {
@@ -542,19 +548,25 @@ class RowSampler {
     uint64_t rest = __umul64hi(u, total) << 31 | u * total >> 33;
     int chunk = find(own, rest) * each;
     for (uint64_t mass; rest >= (mass = sum_of(chunk)); ++chunk) rest -= mass;
+    int begin = chunk * kSampleChunk, end = 0, places = kSampleEach;
     if (filtered_) {
-      own = mass_left(chunk);
+      const int tile = chunk / kSampleWarps, filled = scratch_.tiles[tile].filled;
+      places = each_of(filled);
+      begin = tile * kSampleTile + chunk % kSampleWarps * 32 * places;
+      end = tile * kSampleTile + filled;
+      own = 0;
+#pragma unroll
+      for (int j = 0; j < kSampleEach; ++j) {
+        if (j < places) own += mass_left(begin + lane() * places + j, end);
+      }
     } else {
-      own = scratch_.mass[chunk * kSampleChunk + lane()];
+      own = scratch_.mass[begin + lane()];
     }
-    const int place = chunk * kSampleChunk + find(own, rest) * kSampleEach + lane();
+    const int place = begin + find(own, rest) * places + lane();
     uint64_t mass[1] = {0};
-    if (lane() < kSampleEach) {
+    if (lane() < places) {
       if (filtered_) {
-        const int tile = chunk / kSampleWarps, end = tile * kSampleTile + scratch_.tiles[tile].filled;
-        if (place < end && stays(scratch_.keys[place], place)) {
-          mass[0] = scratch_.mass[place];
-        }
+        mass[0] = mass_left(place, end);
       } else if (place < logits_.vocab) {
         const Key key[1] = {logits_.key(place)};
         weigh_keys(key, mass);

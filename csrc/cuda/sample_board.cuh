@@ -8,12 +8,15 @@ namespace synergen::cuda {
 
 constexpr int kSampleThreads = 512;
 constexpr int kSampleWarps = kSampleThreads / 32;
-// Four bins a thread. Of a float's key that is the sign, the exponent and 2 bits of the mantissa:
-// about 20 bins hold all of a bell curve. Of the difference to the largest of a few thousand keys
-// it is a bin for every few of them.
+// The first digit of a key, four bins a thread. Of a float's that is the sign, the exponent and 2 bits
+// of the mantissa: about 20 bins hold all of a bell curve.
 constexpr int kSampleDigit = 11;
 constexpr int kSampleBins = 1 << kSampleDigit;
 constexpr int kBinsEach = kSampleBins / kSampleThreads;
+// The digits of the exact end, a bin a thread: of a few thousand keys there are a few in each.
+constexpr int kEndDigit = 9;
+constexpr int kEndBins = 1 << kEndDigit;
+static_assert(kEndBins == kSampleThreads);
 // So many tokens, or fewer, are put in order by comparing each with all others: four threads a
 // token.
 constexpr int kSampleRanked = kSampleThreads / 4;
@@ -28,8 +31,8 @@ struct SampleOptions {
 
 struct SampleBoard {
   // Zero, but between the counting of digits and pick_bin.
-  alignas(16) uint32_t members[kSampleBins];                 // of each bin
-  alignas(16) uint32_t low[kSampleBins], high[kSampleBins];  // halves of what they weigh together
+  alignas(16) uint32_t members[kSampleBins];  // of each bin
+  uint32_t low[kEndBins], high[kEndBins];     // halves of what they weigh together
   // Tokens of one bin, in any order.
   uint64_t ranked_key[kSampleRanked], ranked_weight[kSampleRanked];
   uint32_t ranked_place[kSampleRanked];
@@ -39,10 +42,11 @@ struct SampleBoard {
   uint32_t chosen, chosen_members, ranked;
 };
 
-// Four bins of a thread, which are zero afterwards.
-SIMT_FN Pack<uint32_t, kBinsEach> take_bins(uint32_t* bins) {
-  const auto mine = load_pack<kBinsEach>(bins, threadIdx.x, 1);
-  store_pack(bins, threadIdx.x, Pack<uint32_t, kBinsEach>{});
+// The bins of a thread, which are zero afterwards.
+template <int N>
+SIMT_FN Pack<uint32_t, N> take_bins(uint32_t* bins) {
+  const auto mine = load_pack<N>(bins, threadIdx.x, 1);
+  store_pack(bins, threadIdx.x, Pack<uint32_t, N>{});
   return mine;
 }
 
@@ -82,21 +86,21 @@ SIMT_FN Word block_scan(Word own, SampleBoard& board, Word& total) {
   return sum - own + (warp > 0 ? before : 0);
 }
 
-// The bin of 2,048 in which the running weight reaches goal(total): its number, its members, their
-// weight and the weight before it are on the board. Thread t has bins 4 t to 4 t + 3.
-template <class Word, class Goal>
-SIMT_FN void pick_bin(const uint32_t (&members)[kBinsEach], const Word (&weights)[kBinsEach],
-                      SampleBoard& board, const Goal& goal) {
+// The bin in which the running weight reaches goal(total): its number, its members, their weight and
+// the weight before it are on the board. Thread t has the N bins from N t on.
+template <int N, class Word, class Goal>
+SIMT_FN void pick_bin(const uint32_t (&members)[N], const Word (&weights)[N], SampleBoard& board,
+                      const Goal& goal) {
   Word own = 0, total;
 #pragma unroll
-  for (int b = 0; b < kBinsEach; ++b) own += weights[b];
+  for (int b = 0; b < N; ++b) own += weights[b];
   Word before = block_scan(own, board, total);
   const Word target = static_cast<Word>(goal(total));
   if (before < target && target <= before + own) {
 #pragma unroll
-    for (int b = 0; b < kBinsEach; ++b) {
+    for (int b = 0; b < N; ++b) {
       if (before < target && target <= before + weights[b]) {
-        board.chosen = threadIdx.x * kBinsEach + static_cast<uint32_t>(b);
+        board.chosen = threadIdx.x * N + static_cast<uint32_t>(b);
         board.chosen_members = members[b];
         board.before = before;
         board.inside = weights[b];

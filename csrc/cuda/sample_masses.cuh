@@ -73,11 +73,10 @@ struct RowLogits {
  private:
   // A token at -infinity on either side stays there. NaN, also behind such a one, is marked.
   SIMT_FN KeyOf<A> guided(A c, A u) const {
-    const bool number = c == c && u == u;
-    const bool masked = c == -infinity<A>() || u == -infinity<A>();
+    const bool there = c > -infinity<A>() && u > -infinity<A>();  // nor NaN
     const A mixed = uncond == nullptr || scale == A(1) ? c : mix(c, u, scale);
-    if (masked && number) return key_of(-infinity<A>());
-    return number && mixed == mixed ? key_of(mixed) : ~KeyOf<A>{0};
+    if (there && mixed == mixed) return key_of(mixed);
+    return there || c != c || u != u ? ~KeyOf<A>{0} : key_of(-infinity<A>());
   }
   SIMT_FN void read(const T* row, int64_t between, int64_t i, A (&x)[kSampleEach]) const {
 #pragma unroll
