@@ -117,6 +117,30 @@ def test_sample_tokens_filters_that_end_in_the_same_logit(emulated, dtype):
             assert ids.max() < max(k * p, 1) and (p < 0.3 or ids.max() > k * p * 0.7)
 
 
+@pytest.mark.parametrize("equal", [127, 128, 129, 400])
+def test_sample_tokens_filters_that_end_among_equal_logits(emulated, equal, dtype):
+    """Up to 128 tokens of one bin are compared with each other; more are counted by their places."""
+    logits = torch.full((1, 5000), -3.0, dtype=dtype)
+    logits[0, torch.arange(equal) * 11 + 7] = 2.0
+    logits[0, 4999] = 2.5
+    rows, seeds = logits.expand(16, -1), torch.arange(16)
+    for k, p in ((2, 1.0), (equal // 2, 1.0), (equal // 2, 0.5), (equal, 0.99), (equal + 1, 0.3), (equal + 2, 0.999)):
+        share = torch.tensor(p, dtype=torch.float64)
+        check_same_ids(emulated, rows, seeds, torch.tensor(5), None, None, None, torch.tensor(k), share)
+
+
+def test_sample_tokens_list_of_any_length(emulated):
+    """Places that a thread takes of a tile's list: one to eight, then several chunks a warp; uneven over the tiles."""
+    for kept in (1, 31, 33, 200, 257, 2049, 4096, 4500):
+        logits = torch.full((2, 9001), -torch.inf)
+        logits[0, :kept] = normal(kept, seed=kept)
+        logits[1, 9001 - kept :] = normal(kept, seed=kept + 1)
+        args = sample_args(2, 9001, seed=kept, top_p=0.95)
+        check_same_ids(emulated, logits, *args[1:])
+        args = sample_args(2, 9001, seed=kept, top_k=max(kept - 1, 1), top_p=0.999999)
+        check_same_ids(emulated, logits, *args[1:])
+
+
 def test_sample_tokens_far_below_the_largest(emulated):
     """Logits of many sizes and signs, so that selection goes through every digit of the key."""
     logits = normal(6, 5000, dtype=torch.float64)

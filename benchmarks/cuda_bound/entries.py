@@ -260,15 +260,30 @@ def sample_tokens(rows: int, filtered: bool) -> Callable[[Card], list[Launch]]:
         parts = tiles if rows * tiles <= card.sms else 1  # at one block an SM
         turns = tiles / parts
         logits = 2 * rows * vocab * 2
-        # The row's last block is the one that all wait for. With filters: a list, the edge by two digits at most, what
-        # is left by three; each digit three barriers and a walk over the list. Code of the other way does not run.
-        loops = {"LDG:1": 18 * turns, "BAR:1": 5 * turns * 0.6}
-        digits = {"BAR:2": 4 * 2.0, "BAR:3": 0.0, "BAR:4": 4 * 3.0, "BAR:5": 0.0} if filtered else {}
-        l2 = 2 + turns * (2 if filtered else 1) + (2 * 5 + 4 if filtered else 4)
+        # The row's last block is the one that all wait for. Shares of code are counted, not judged: which source lines
+        # run at this size in the emulator (gcov), and which instructions of sm_90 are theirs (nvcc -lineinfo), without
+        # the ways of a warp that diverges at a shuffle (BRA.DIV): no schedule lets one. What runs in few warps, as what
+        # is done with a bin's few tokens, has the share of warps that hold one. Packed reads of logits and the first
+        # tile's read outside of the loops leave 0.17 of scan's loop; each further tile adds its read.
+        more = turns - 1
+        loops = {"LDG:1": 18 * (0.17 * turns + 0.35 * more)}
+        if filtered:
+            # 2,048 and one bin of keys are 312 places of a tile on average: 5.6 of a thread's eight (0.7), and of 512 a
+            # mass each. The list is fetched by the first of five walks. Walks by places in the list do not run.
+            loops |= {"BAR:1": 2 * (0.34 * turns + 0.27 * more), "DFMA:1": 7 * turns, "DFMA:2": 0.0}
+            loops |= {"BAR:2": 3 * 0.86, "ATOMS:2": 0.0, "ATOMS:3": 8 * 0.7, "ATOMS:4": 0.0, "ATOMS:5": 8 * 0.25}
+            loops |= {"BAR:3": 3 * 0.91, "ATOMS:6": 0.0, "ATOMS:7": 24 * 0.53, "ATOMS:8": 0.0, "ATOMS:9": 8 * 0.34}
+            loops |= {"STG:4": 0.45}
+        else:
+            loops |= {"BAR:1": 0.0, "DFMA:1": 0.0, "DFMA:2": 56 * (0.56 * turns + 0.17 * more)}
+            loops |= {"BAR:2": 0.0, "BAR:3": 0.0, "STG:4": 0.0} | {f"ATOMS:{i}": 0.0 for i in range(2, 10)}
+        # One after another: parts, counts, the list's keys again, fence and count of arrivals (2), the list (2), sums of
+        # chunks, of threads, the token, its id. Options are asked for together with logits.
+        l2 = 11 if filtered else 6
         return [
             Launch("sample_tokens_kernel<bf16, 8>", rows * parts, 512, dram=logits, l2=2 * logits,
-                   per_warp={**loops, **digits}, straight=0.8 if filtered else 0.5,
-                   others=0.5 if filtered else NO_TURNS, waits=(2, l2),
+                   per_warp=loops, straight=0.57 if filtered else 0.40, alone=0.21 if filtered else 0.18,
+                   others=0.4 if filtered else 0.05, waits=(1, l2 + turns - 1),
                    barriers=1 if parts > 1 else 0),
         ]  # fmt: skip
 

@@ -41,6 +41,8 @@ class Launch:
             {"HMMA": 2048}. The loop is the one with the most of them ("LDG:2": the second, in the order of the code,
             that has any), and it turns as often as that makes it.
         straight: share of the code outside of loops that runs; the whole, where unlikely code is little.
+        alone: share of the code outside of loops, of what `straight` counts, that one warp of a block runs while the
+            others wait: edges have it whole, the pipes of an SM once a block.
         others: turns of the loops not named, for each turn of the code around them.
         in_flight: bytes from DRAM that a block has asked for and not yet got; None: enough.
         waits: loads from (DRAM, L2) that one block waits for one after another.
@@ -56,6 +58,7 @@ class Launch:
     flops: float = 0
     per_warp: Mapping[str, float] = field(default_factory=dict)
     straight: float = 1.0
+    alone: float = 0.0
     others: float = 1.0
     in_flight: float | None = None
     waits: tuple[float, float] = (1, 0)
@@ -147,10 +150,12 @@ def bound(card: Card, launch: Launch) -> Bound:
     busiest = math.ceil(launch.blocks / card.sms)  # blocks of the SM that has the most
     warps = -(-launch.threads // 32)
     straight, looped = instructions(card, launch)
+    # Of the straight code, what all warps together run, in parts of what would be if all ran it.
+    shared = (launch.straight - launch.alone * (1 - 1 / warps)) / launch.straight if launch.straight else 0.0
     cycle = 1 / card.clock
 
     def pipe(what: str, lanes: int) -> float:
-        return busiest * warps * (straight.get(what, 0.0) + looped.get(what, 0.0)) * 32 / lanes * cycle
+        return busiest * warps * (shared * straight.get(what, 0.0) + looped.get(what, 0.0)) * 32 / lanes * cycle
 
     def own(code: dict[str, float]) -> float:
         """Seconds of one warp."""
