@@ -1,8 +1,10 @@
 """expert_ffn_quantized by the emulator: see test_cuda_emulated.py."""
 
+import emulator
 import pytest
 import torch
 from cuda_cases import UNPACKED, spaced
+from test_cuda_expert_ffn_stream import launches
 from test_expert_ffn import plain
 from test_expert_ffn_quantized import FORMATS, inputs
 
@@ -40,6 +42,8 @@ def sanitized():
         yield "expert_ffn_quantized", (*inputs(3, 160, 96, dtype=dtype, bits=4, groups=(32, 32)), None)
         yield "expert_ffn_quantized", (*inputs(3, 64, 256, dtype=dtype, bits=8), None)  # whole rings
     yield "expert_ffn_quantized", inputs(20, 64, 64, 2, 4, dtype=torch.bfloat16, bits=8)
+    for bits, hidden in ((8, 256), (4, 512)):  # one launch
+        yield "expert_ffn_quantized", inputs(2, hidden, hidden, 3, 2, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
 
 
 def laid(lay, args):
@@ -125,3 +129,51 @@ def test_nothing_to_add(emulated):
         assert y.shape == args[0].shape and not y.any()
     *args, index, weight = inputs(4, 64, 64, top_k=2)
     assert not emulated.expert_ffn_quantized(*args, index[:, :0], weight[:, :0]).any()
+
+
+# One launch of whole rings: 256 columns of 8 bits, 512 of 4; the last of each has more rounds than blocks.
+SINGLE = [(8, (2, 256, 512)), (8, (3, 512, 256, 3, 2)), (8, (8, 256, 256, 9)), (8, (2, 256, 1792))]
+SINGLE += [(4, (2, 512, 512)), (4, (2, 512, 512, 3, 4)), (4, (5, 512, 1024, 4)), (4, (2, 512, 2048))]
+
+
+@pytest.mark.parametrize("groups", [(None, None), (64, 128), (256, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits, sizes", SINGLE)
+def test_one_launch(emulated, bits, sizes, groups, dtype):
+    check(emulated, *inputs(*sizes, dtype=dtype, bits=bits, groups=groups))
+
+
+def test_one_launch_is_what_it_says(emulated):
+    if not isinstance(emulated, emulator.Emulated):
+        pytest.skip("the emulator counts launches")
+
+    def count(*sizes, **options):
+        args = inputs(*sizes, dtype=torch.bfloat16, **options)
+        return launches(emulated, lambda: emulated.expert_ffn_quantized(*args, *((None,) if len(args) == 8 else ())))
+
+    for bits, sizes in SINGLE:
+        assert count(*sizes, bits=bits, groups=(64, 64)) == 1
+    assert count(2, 512, 512, bits=4, groups=(32, 64)) > 1
+    assert count(2, 512, 512, bits=4, groups=(64, 32)) > 1
+    assert count(2, 256, 512, bits=4) > 1
+    assert count(2, 320, 512, bits=8) > 1
+
+
+@pytest.mark.parametrize("bits, size", [(8, 256), (4, 512)])
+def test_one_launch_under_every_schedule(emulated, bits, size):
+    args = inputs(2, size, size, 3, 3, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
+    results = []
+    for policy, seed in emulator.SCHEDULES:
+        emulated.schedule(policy, seed)
+        results.append(emulated.expert_ffn_quantized(*args))
+    emulated.schedule()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
+@pytest.mark.parametrize("bits, size", [(8, 256), (4, 512)])
+def test_one_launch_has_no_races(bits, size):
+    raced = emulator.load("race")
+    for policy, seed in ((0, 0), (2, 7)):
+        raced.schedule(policy, seed)
+        raced.expert_ffn_quantized(*inputs(2, size, size, 3, 3, dtype=torch.bfloat16, bits=bits, groups=(64, 128)))

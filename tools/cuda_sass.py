@@ -290,7 +290,7 @@ def _target(one: Instruction) -> int | None:
 def _blocks(code: tuple[Instruction, ...]) -> list[tuple[int, int]]:
     starts = {0}
     for i, one in enumerate(code):
-        if one.base in ("BRA", "EXIT", "RET", "BRX", "JMP"):
+        if one.base in ("BRA", "EXIT", "RET", "BRX", "JMP", "BPT"):
             starts.add(i + 1)
             target = _target(one) if one.base == "BRA" else None
             if target is not None:
@@ -303,11 +303,12 @@ def _followers(code: tuple[Instruction, ...], block: tuple[int, int], blocks: li
     begins = {begin: i for i, (begin, _) in enumerate(blocks)}
     last = code[block[1] - 1]
     result = []
-    if last.base == "BRA":
+    # BRA.DIV is for a warp whose lanes have parted, where ptxas cannot see that they do not: the way round is left out.
+    if last.base == "BRA" and ".DIV" not in last.opcode:
         target = _target(last)
         if target in begins:
             result.append(begins[target])
-    goes_on = last.guarded or last.base not in ("BRA", "EXIT", "RET", "BRX", "JMP")
+    goes_on = last.guarded or last.base not in ("BRA", "EXIT", "RET", "BRX", "JMP", "BPT")
     # A branch may also hang on a predicate among its operands: BRA.U !UP0, `(...); BRA P1, ...
     goes_on = goes_on or (last.base == "BRA" and "," in last.operands)
     if goes_on and block[1] in begins:

@@ -166,8 +166,9 @@ class Ahead {
 
   SIMT_FN bool more() const { return phase_ < until_; }
 
-  // Asks for chunk `slot` of the next ring; a group of copies even where there is none, so that take() can
-  // count groups. A lane copies the bytes that it multiplies itself: no barrier is wanted.
+  // Asks for chunk `slot` of the next ring; a group of copies even where there is none, so that
+  // take() can count groups. A lane copies the bytes that it multiplies itself: no barrier is
+  // wanted.
   SIMT_FN void fetch(int slot) {
     if (more()) {
 #pragma unroll
@@ -179,8 +180,8 @@ class Ahead {
     simt::cp_async_commit();
   }
 
-  // This lane's part of chunk `slot`: 16 bytes of either row. Whatever follows must not read it again
-  // from its place.
+  // This lane's part of chunk `slot`: 16 bytes of either row. Whatever follows must not read it
+  // again from its place.
   SIMT_FN void take(int slot, simt::Words (&words)[2]) const {
     simt::cp_async_wait<kRing - 1>();
     words[0] = simt::load16(own_ + slot * kSlotBytes);
@@ -192,8 +193,8 @@ class Ahead {
     if constexpr (kQuantised<W>) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        scales_[i] = next_scales_[2 * i].bits |
-                     static_cast<uint32_t>(next_scales_[2 * i + 1].bits) << 16;
+        scales_[i] = next_scales_[2 * i].bits | static_cast<uint32_t>(next_scales_[2 * i + 1].bits)
+                                                    << 16;
       }
       fetch_scales();
     }
@@ -258,7 +259,8 @@ class Ahead {
     scale_ = lane % 2 == 0 ? scale[0] : scale[1];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      w_[h] = reinterpret_cast<const char*>(rows[h]) + static_cast<int64_t>(at_ + lane % 4 * kEach<W>) * kBits<W> / 8;
+      w_[h] = reinterpret_cast<const char*>(rows[h]) +
+              static_cast<int64_t>(at_ + lane % 4 * kEach<W>) * kBits<W> / 8;
     }
   }
 
@@ -286,6 +288,9 @@ SIMT_FN void multiply_chunk(Ahead<T, W>& ahead, int slot, const T* x, float (&su
   const int lane = static_cast<int>(threadIdx.x % 32);
   simt::Words words[2];
   ahead.take(slot, words);
+  // No barrier: after that of the grid ptxas takes the lanes for parted, and asks before each
+  // shuffle.
+  if constexpr (kNibbles) __syncwarp();
   if constexpr (kNibbles) {
     exchange_at<2>(words[0], lane % 4);
     exchange_at<2>(words[1], lane % 4);
@@ -295,7 +300,7 @@ SIMT_FN void multiply_chunk(Ahead<T, W>& ahead, int slot, const T* x, float (&su
 #pragma unroll
   for (int run = 0; run < kRuns; ++run) {
     float part[4] = {};
-    float(&to)[4] = kQuantised<W> ? part : sum;
+    float (&to)[4] = kQuantised<W> ? part : sum;
 #pragma unroll
     for (int step = run * kSteps / kRuns; step < (run + 1) * kSteps / kRuns; ++step) {
       uint32_t low[4], high[4];
@@ -354,8 +359,8 @@ __global__ void __launch_bounds__(32 * kSingleWarps, 1)
       for (unsigned left = leaders; left != 0; left &= left - 1) {
         float sum[4] = {};
         // Some pair where there is none: nobody keeps its sums.
-        const T* from = row_of<T>(p, phase, min(lane / 4, p.pairs - 1)) + begin * kElements +
-                        lane_column<W>(t);
+        const T* from =
+            row_of<T>(p, phase, min(lane / 4, p.pairs - 1)) + begin * kElements + lane_column<W>(t);
 #pragma unroll 1
         for (int rings = first_ring(product, part + 1) - begin; rings > 0; --rings) {
           ahead.turn();
@@ -399,7 +404,8 @@ __global__ void __launch_bounds__(32 * kSingleWarps, 1)
           float sum = 0;
           for (int pair = token * p.top_k; pair < min((token + 1) * p.top_k, p.pairs); ++pair) {
             if (chosen[0].expert[pair] >= 0) {
-              sum += chosen[0].factor[pair] * joined(sums + (tile << log2) * 128 + column * 8 + pair, split);
+              sum += chosen[0].factor[pair] *
+                     joined(sums + (tile << log2) * 128 + column * 8 + pair, split);
             } else if (chosen[0].expert[pair] == -2) {
               sum = NAN;
             }

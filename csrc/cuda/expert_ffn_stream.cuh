@@ -342,8 +342,7 @@ bool launch_single(const char* op, const ExpertFfnParams& p, const FfnLaunch& ga
   const int64_t resident = simt::resident_blocks(op, kernel, threads, kSingleRing);
   if (resident < 1) return false;
   const auto blocks = static_cast<unsigned>(resident < most ? resident : most);
-  simt::launch_cooperative(op, kernel, dim3(blocks), threads, kSingleRing, stream,
-                           q);
+  simt::launch_cooperative(op, kernel, dim3(blocks), threads, kSingleRing, stream, q);
   return true;
 }
 
