@@ -4,7 +4,7 @@ import emulator
 import pytest
 import torch
 from cuda_cases import UNPACKED, spaced
-from test_cuda_expert_ffn_stream import launches
+from test_cuda_expert_ffn_stream import launches, spread
 from test_expert_ffn import plain
 from test_expert_ffn_quantized import FORMATS, inputs
 
@@ -42,7 +42,8 @@ def sanitized():
         yield "expert_ffn_quantized", (*inputs(3, 160, 96, dtype=dtype, bits=4, groups=(32, 32)), None)
         yield "expert_ffn_quantized", (*inputs(3, 64, 256, dtype=dtype, bits=8), None)  # whole rings
     yield "expert_ffn_quantized", inputs(20, 64, 64, 2, 4, dtype=torch.bfloat16, bits=8)
-    for bits, hidden in ((8, 256), (4, 512)):  # one launch
+    yield "expert_ffn_quantized", (*inputs(3, 256, 256, dtype=torch.bfloat16, bits=8), None)  # one launch
+    for bits, hidden in ((8, 256), (4, 512)):
         yield "expert_ffn_quantized", inputs(2, hidden, hidden, 3, 2, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
 
 
@@ -132,7 +133,13 @@ def test_nothing_to_add(emulated):
 
 
 # One launch of whole rings: 256 columns of 8 bits, 512 of 4; the last of each has more rounds than blocks.
-SINGLE = [(8, (2, 256, 512)), (8, (3, 512, 256, 3, 2)), (8, (8, 256, 256, 9)), (8, (2, 256, 1792))]
+SINGLE = [
+    (8, (2, 256, 512)),
+    (8, (2, 256, 256, 3, 3)),
+    (8, (3, 512, 256, 3, 2)),
+    (8, (8, 256, 256, 9)),
+    (8, (2, 256, 1792)),
+]
 SINGLE += [(4, (2, 512, 512)), (4, (2, 512, 512, 3, 4)), (4, (5, 512, 1024, 4)), (4, (2, 512, 2048))]
 
 
@@ -153,6 +160,7 @@ def test_one_launch_is_what_it_says(emulated):
 
     for bits, sizes in SINGLE:
         assert count(*sizes, bits=bits, groups=(64, 64)) == 1
+    assert count(9, 256, 512, bits=8) > 1
     assert count(2, 512, 512, bits=4, groups=(32, 64)) > 1
     assert count(2, 512, 512, bits=4, groups=(64, 32)) > 1
     assert count(2, 256, 512, bits=4) > 1
@@ -171,9 +179,42 @@ def test_one_launch_under_every_schedule(emulated, bits, size):
 
 
 @pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
-@pytest.mark.parametrize("bits, size", [(8, 256), (4, 512)])
-def test_one_launch_has_no_races(bits, size):
+@pytest.mark.parametrize("bits, sizes", [(8, (2, 256, 256, 3, 3)), (4, (2, 512, 512, 2, 2)), (8, (1, 256, 1792, 1))])
+def test_one_launch_has_no_races(bits, sizes):
     raced = emulator.load("race")
+    *args, routing = inputs(*sizes, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
+    args = (*args, routing) if len(args) == 8 else (*args, routing, None)
     for policy, seed in ((0, 0), (2, 7)):
         raced.schedule(policy, seed)
-        raced.expert_ffn_quantized(*inputs(2, size, size, 3, 3, dtype=torch.bfloat16, bits=bits, groups=(64, 128)))
+        raced.expert_ffn_quantized(*args)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_one_launch_and_an_index_that_names_no_expert(emulated, top_k):
+    args = list(inputs(4, 256, 512, 3, top_k, dtype=torch.bfloat16))
+    rest = (None,) if top_k is None else ()
+    args[7].view(-1)[::2] += 3
+    args[7][2] = 2**40
+    y = check(emulated, *args)
+    assert not y[2].any()
+    args[7][1] = -1
+    again = emulated.expert_ffn_quantized(*args, *rest)
+    assert again[1].isnan().all()
+    again[1] = y[1]
+    assert torch.equal(again, y)
+    args[7].fill_(3)
+    assert not emulated.expert_ffn_quantized(*args, *rest).any()
+
+
+@pytest.mark.parametrize("what", ["x", "weights", "scales", "routing"])
+def test_one_launch_reads_where_strides_say(emulated, what):
+    args = list(inputs(2, 256, 512, 3, 3, dtype=torch.bfloat16, groups=(64, 128)))
+    for i in {"x": (0,), "weights": (1, 2, 3), "scales": (4, 5, 6), "routing": (7, 8)}[what]:
+        args[i] = spread(args[i])
+    check(emulated, *args)
+    check(emulated, *args[:8], args[8].float())
+
+
+@pytest.mark.parametrize("lay", UNPACKED)
+def test_rows_of_whole_rings_that_cannot_be_read_in_packs(emulated, lay):
+    check(emulated, *laid(lay, inputs(3, 256, 512, dtype=torch.bfloat16, bits=8, groups=(64, 64))))

@@ -161,23 +161,19 @@ def test_one_launch_and_an_index_that_names_no_expert(emulated, top_k):
     assert not emulated.expert_ffn(*args).any()
 
 
-@pytest.mark.parametrize("what", ["x", "weights", "index"])
+def spread(t):
+    """The same, with gaps between rows, and in all but the last dimension."""
+    wide = t.new_full([2 * n for n in t.shape[:-1]] + [t.shape[-1] + 16], 1)
+    return wide[(*(slice(0, None, 2) for _ in t.shape[:-1]), slice(t.shape[-1]))].copy_(t)
+
+
+@pytest.mark.parametrize("what", [(0,), (1, 2, 3), (4, 5)])
 def test_one_launch_reads_where_strides_say(emulated, what):
-    x, gate, up, down, index, weight = make(4, 128, 256, 3, 2, dtype=torch.bfloat16)
-
-    def spread(t, dim):
-        """The same, every other of twice as many along a dimension."""
-        wide = torch.stack((t, torch.full_like(t, 1)), dim + 1).flatten(dim, dim + 1)
-        return wide[(slice(None),) * dim + (slice(0, None, 2),)]
-
-    if what == "x":
-        x = spread(x, 0)
-    elif what == "weights":
-        gate, up, down = spread(gate, 0), spread(up, 1), spread(spread(down, 0), 1)
-    else:
-        index, weight = spread(spread(index, 0), 1), spread(spread(weight, 0), 1)
-    check(emulated, x, gate, up, down, index, weight)
-    check(emulated, x, gate, up, down, index, weight.float())
+    args = list(make(4, 128, 256, 3, 2, dtype=torch.bfloat16))
+    for i in what:
+        args[i] = spread(args[i])
+    check(emulated, *args)
+    check(emulated, *args[:5], args[5].float())
 
 
 def test_one_launch_under_every_schedule(emulated):
@@ -195,4 +191,5 @@ def test_one_launch_has_no_races():
     raced = emulator.load("race")
     for policy, seed in ((0, 0), (2, 7)):
         raced.schedule(policy, seed)
-        raced.expert_ffn(*make(2, 128, 256, 3, 4, dtype=torch.bfloat16))
+        for sizes in ((2, 128, 256, 3, 4), (1, 128, 2048, 1)):
+            raced.expert_ffn(*make(*sizes, dtype=torch.bfloat16))

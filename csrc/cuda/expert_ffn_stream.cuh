@@ -1,20 +1,16 @@
-// expert_ffn for few pairs of token and expert: weights stream from memory once, two launches, no
-// sort. A block takes a chunk of at most 16 pairs (32 with 8-bit weights, 8 without tensor cores)
-// and those of them that have one expert; further chunks read the weights again, mostly from the
-// second cache.
+// expert_ffn for few pairs of token and expert: weights stream from memory once, no sort. Up to 8
+// pairs go in one launch where expert_ffn_single.cuh takes them; all others in two, which are here.
+// A block takes a chunk of at most 16 pairs (32 with 8-bit weights, 8 without tensor cores) and
+// those of them that have one expert; further chunks read the weights again, mostly from the second
+// cache.
 //
 //   hidden[pair] = silu(gate[e] x) * (up[e] x)   a warp has 8 columns: 8 rows of gate, 8 of up
 //   y[t] = sum_j weight_tj down[e] hidden[pair]  a warp has 16 columns
 //
 // D = 2048, F = 8192: 1024 and 128 tiles. With 2 and 16 warps to a tile, each with its part of the
 // depth, both launches are 128 blocks of 16 warps: one wave on 132 multiprocessors, no tail; and 64
-// KB under way on each, 3.5 times what an H100 wants, so 128 draw its whole bandwidth.
-//
-// Static bound on an H100, one expert, up to 8 pairs. A launch costs 1.3 us in a graph, 0.3 to read
-// the index, 0.7 until the first weights arrive, 0.3 to join and write:
-//   bf16           100.7 MB, 30.0 us + 5.2 = 35.2: 1.17 of the bytes' time
-//   int8, rows     50.3 MB, 15.0 + 5.2 = 20.2: 1.35
-//   int4, 64       26.7 MB, 8.0 + 5.2 = 13.2: 1.65; issue slots 0.71 of those of 8.0 us
+// KB under way on each, 3.5 times what an H100 wants, so 128 draw its whole bandwidth. Two launches
+// and their edges are 7 us beside that (2 rows of bfloat16, static bound on an H100).
 //
 // Every block reads the activations of its part of the depth, from the second cache. Where all
 // warps of a block share 16 columns that is rows / 16 of its bytes of weights in bfloat16: little
