@@ -303,12 +303,11 @@ def _followers(code: tuple[Instruction, ...], block: tuple[int, int], blocks: li
     begins = {begin: i for i, (begin, _) in enumerate(blocks)}
     last = code[block[1] - 1]
     result = []
-    # BRA.DIV is for a warp whose lanes have parted, where ptxas cannot see that they do not: the way round is left out.
-    if last.base == "BRA" and ".DIV" not in last.opcode:
+    if last.base == "BRA":
         target = _target(last)
         if target in begins:
             result.append(begins[target])
-    goes_on = last.guarded or last.base not in ("BRA", "EXIT", "RET", "BRX", "JMP", "BPT")
+    goes_on = last.guarded or last.base not in ("BRA", "EXIT", "RET", "BRX", "JMP", "BPT")  # BPT traps
     # A branch may also hang on a predicate among its operands: BRA.U !UP0, `(...); BRA P1, ...
     goes_on = goes_on or (last.base == "BRA" and "," in last.operands)
     if goes_on and block[1] in begins:

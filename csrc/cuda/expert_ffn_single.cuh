@@ -95,12 +95,6 @@ SIMT_FN const T* row_of(const SingleLaunch& p, int phase, int pair) {
                     : static_cast<const T*>(p.inner) + int64_t{pair} * p.hidden;
 }
 
-// A value that all lanes have, so that ptxas knows it too and keeps it in a register of the warp:
-// with 4-bit weights that is 12 % less code in the loop.
-SIMT_FN unsigned uniform(unsigned value) {
-  return __reduce_add_sync(kAll, threadIdx.x % 32 == 0 ? value : 0u);
-}
-
 // What a block knows of its pairs, in shared memory.
 struct Chosen {
   int expert[kSinglePairs];  // -1: none; -2: refused
@@ -346,11 +340,11 @@ __global__ void __launch_bounds__(32 * kSingleWarps, 1)
   SIMT_DYNAMIC_SHARED(shared);
   SIMT_SHARED(float, sums, [kSingleWarps * 2 * 8 * kSinglePairs]);
   SIMT_SHARED(Chosen, chosen, [1]);
-  const int warp = static_cast<int>(uniform(threadIdx.x / 32));
+  const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32), t = lane % 4;
   if (warp == 0) choose<T>(p, chosen[0]);
   __syncthreads();
-  const unsigned leaders = uniform(chosen[0].leaders);
+  const unsigned leaders = chosen[0].leaders;
   Ahead<T, W> ahead(p, chosen[0], warp, leaders, shared);
 #pragma unroll 1
   for (int phase = 0; phase < 2; ++phase) {
