@@ -17,7 +17,7 @@
 //   bf16         100.7 MB, 30.0 us + 2.8 = 32.9: 1.09 of the bytes' time
 //   int8, rows   50.3 MB, 15.0 + 2.9 = 17.9: 1.19
 //   int4, 64     26.7 MB, 8.0; unpacking and what the barrier hides under DRAM 9.1; + 2.9
-//   = 12.0: 1.50
+//   = 12.0: 1.51
 //
 // Pair n is column n of every mma, whatever its expert: for each expert that is there its rows are
 // multiplied by all pairs, and only those that chose it keep the result. So nothing is sorted, and
