@@ -1,8 +1,10 @@
 """expert_ffn_quantized by the emulator: see test_cuda_emulated.py."""
 
+import emulator
 import pytest
 import torch
 from cuda_cases import UNPACKED, spaced
+from test_cuda_expert_ffn_stream import launches, spread
 from test_expert_ffn import plain
 from test_expert_ffn_quantized import FORMATS, inputs
 
@@ -40,6 +42,9 @@ def sanitized():
         yield "expert_ffn_quantized", (*inputs(3, 160, 96, dtype=dtype, bits=4, groups=(32, 32)), None)
         yield "expert_ffn_quantized", (*inputs(3, 64, 256, dtype=dtype, bits=8), None)  # whole rings
     yield "expert_ffn_quantized", inputs(20, 64, 64, 2, 4, dtype=torch.bfloat16, bits=8)
+    yield "expert_ffn_quantized", (*inputs(3, 256, 256, dtype=torch.bfloat16, bits=8), None)  # one launch
+    for bits, hidden in ((8, 256), (4, 512)):
+        yield "expert_ffn_quantized", inputs(2, hidden, hidden, 3, 2, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
 
 
 def laid(lay, args):
@@ -125,3 +130,91 @@ def test_nothing_to_add(emulated):
         assert y.shape == args[0].shape and not y.any()
     *args, index, weight = inputs(4, 64, 64, top_k=2)
     assert not emulated.expert_ffn_quantized(*args, index[:, :0], weight[:, :0]).any()
+
+
+# One launch of whole rings: 256 columns of 8 bits, 512 of 4; the last of each has more rounds than blocks.
+SINGLE = [
+    (8, (2, 256, 512)),
+    (8, (2, 256, 256, 3, 3)),
+    (8, (3, 512, 256, 3, 2)),
+    (8, (8, 256, 256, 9)),
+    (8, (2, 256, 1792)),
+]
+SINGLE += [(4, (2, 512, 512)), (4, (2, 512, 512, 3, 4)), (4, (5, 512, 1024, 4)), (4, (2, 512, 2048))]
+
+
+@pytest.mark.parametrize("groups", [(None, None), (64, 128), (256, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits, sizes", SINGLE)
+def test_one_launch(emulated, bits, sizes, groups, dtype):
+    check(emulated, *inputs(*sizes, dtype=dtype, bits=bits, groups=groups))
+
+
+def test_one_launch_is_what_it_says(emulated):
+    if not isinstance(emulated, emulator.Emulated):
+        pytest.skip("the emulator counts launches")
+
+    def count(*sizes, **options):
+        args = inputs(*sizes, dtype=torch.bfloat16, **options)
+        return launches(emulated, lambda: emulated.expert_ffn_quantized(*args, *((None,) if len(args) == 8 else ())))
+
+    for bits, sizes in SINGLE:
+        assert count(*sizes, bits=bits, groups=(64, 64)) == 1
+    assert count(9, 256, 512, bits=8) > 1
+    assert count(2, 512, 512, bits=4, groups=(32, 64)) > 1
+    assert count(2, 512, 512, bits=4, groups=(64, 32)) > 1
+    assert count(2, 256, 512, bits=4) > 1
+    assert count(2, 320, 512, bits=8) > 1
+
+
+@pytest.mark.parametrize("bits, size", [(8, 256), (4, 512)])
+def test_one_launch_under_every_schedule(emulated, bits, size):
+    args = inputs(2, size, size, 3, 3, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
+    results = []
+    for policy, seed in emulator.SCHEDULES:
+        emulated.schedule(policy, seed)
+        results.append(emulated.expert_ffn_quantized(*args))
+    emulated.schedule()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
+@pytest.mark.parametrize("bits, sizes", [(8, (2, 256, 256, 3, 3)), (4, (2, 512, 512, 2, 2)), (8, (1, 256, 1792, 1))])
+def test_one_launch_has_no_races(bits, sizes):
+    raced = emulator.load("race")
+    *args, routing = inputs(*sizes, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
+    args = (*args, routing) if len(args) == 8 else (*args, routing, None)
+    for policy, seed in ((0, 0), (2, 7)):
+        raced.schedule(policy, seed)
+        raced.expert_ffn_quantized(*args)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_one_launch_and_an_index_that_names_no_expert(emulated, top_k):
+    args = list(inputs(4, 256, 512, 3, top_k, dtype=torch.bfloat16))
+    rest = (None,) if top_k is None else ()
+    args[7].view(-1)[::2] += 3
+    args[7][2] = 2**40
+    y = check(emulated, *args)
+    assert not y[2].any()
+    args[7][1] = -1
+    again = emulated.expert_ffn_quantized(*args, *rest)
+    assert again[1].isnan().all()
+    again[1] = y[1]
+    assert torch.equal(again, y)
+    args[7].fill_(3)
+    assert not emulated.expert_ffn_quantized(*args, *rest).any()
+
+
+@pytest.mark.parametrize("what", ["x", "weights", "scales", "routing"])
+def test_one_launch_reads_where_strides_say(emulated, what):
+    args = list(inputs(2, 256, 512, 3, 3, dtype=torch.bfloat16, groups=(64, 128)))
+    for i in {"x": (0,), "weights": (1, 2, 3), "scales": (4, 5, 6), "routing": (7, 8)}[what]:
+        args[i] = spread(args[i])
+    check(emulated, *args)
+    check(emulated, *args[:8], args[8].float())
+
+
+@pytest.mark.parametrize("lay", UNPACKED)
+def test_rows_of_whole_rings_that_cannot_be_read_in_packs(emulated, lay):
+    check(emulated, *laid(lay, inputs(3, 256, 512, dtype=torch.bfloat16, bits=8, groups=(64, 64))))

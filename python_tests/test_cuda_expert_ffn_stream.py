@@ -1,5 +1,8 @@
 """expert_ffn of at most 64 pairs by the emulator, whose weights stream from memory: see test_cuda_emulated.py."""
 
+import ctypes
+
+import emulator
 import pytest
 import torch
 from cuda_cases import UNPACKED
@@ -34,6 +37,7 @@ def sanitized():
         for lay in UNPACKED:
             yield "expert_ffn", make(3, 16, 24, dtype=dtype, lay=lay)
     yield "expert_ffn", make(20, 64, 64, 2, 3, dtype=torch.bfloat16)
+    yield "expert_ffn", make(2, 128, 256, 3, 4, dtype=torch.bfloat16)  # one launch
     yield "expert_ffn", make(9, 64, 64, 2, dtype=torch.bfloat16, expert_dtype=torch.float32)
 
 
@@ -100,3 +104,92 @@ def test_rows_do_not_touch(emulated):
         assert broken[3].isnan().all()
         broken[3] = y[3]
         assert torch.equal(broken, y)
+
+
+class Stats(ctypes.Structure):
+    """The first counts of csrc/simt/emulator.h's Stats."""
+
+    _fields_ = [("launches", ctypes.c_uint64), ("switches", ctypes.c_uint64), ("barriers", ctypes.c_uint64)]
+
+
+def launches(emulated, call):
+    """How many launches a call takes in the emulator."""
+    library = ctypes.CDLL(str(emulated.library))
+    library.simt_stats.restype = ctypes.POINTER(Stats)
+    emulated.schedule()
+    call()
+    return library.simt_stats().contents.launches
+
+
+# One launch of whole rings, for every number of pairs and of experts; the last has more rounds than blocks.
+SINGLE = [(1, 128, 256), (2, 256, 128, 1), (3, 128, 384, 2), (8, 256, 256, 5), (2, 128, 256, 3, 4), (4, 256, 128, 2, 2)]
+SINGLE += [(1, 128, 256, 9, 8), (5, 1024, 128, 2), (2, 128, 2048)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", SINGLE)
+def test_one_launch(emulated, sizes, dtype):
+    check(emulated, *make(*sizes, dtype=dtype))
+
+
+def test_one_launch_is_what_it_says(emulated):
+    if not isinstance(emulated, emulator.Emulated):
+        pytest.skip("the emulator counts launches")
+
+    def count(*sizes):
+        args = make(*sizes, dtype=torch.bfloat16)
+        return launches(emulated, lambda: emulated.expert_ffn(*args))
+
+    assert all(count(*sizes) == 1 for sizes in SINGLE)
+    # A pair too many, rows of other lengths, rounds that are not whole.
+    assert all(count(*sizes) > 1 for sizes in ((9, 128, 256), (2, 160, 256), (2, 128, 288), (2, 128, 128)))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_one_launch_and_an_index_that_names_no_expert(emulated, top_k):
+    args = make(4, 128, 256, 3, top_k, dtype=torch.bfloat16)
+    args[4].view(-1)[::2] += 3
+    args[4][2] = 2**40
+    y = check(emulated, *args)
+    assert not y[2].any()
+    args[4][1] = -1
+    again = emulated.expert_ffn(*args)
+    assert again[1].isnan().all()
+    again[1] = y[1]
+    assert torch.equal(again, y)
+    args[4].fill_(3)
+    assert not emulated.expert_ffn(*args).any()
+
+
+def spread(t):
+    """The same, with gaps between rows, and in all but the last dimension."""
+    wide = t.new_full([2 * n for n in t.shape[:-1]] + [t.shape[-1] + 16], 1)
+    return wide[(*(slice(0, None, 2) for _ in t.shape[:-1]), slice(t.shape[-1]))].copy_(t)
+
+
+@pytest.mark.parametrize("what", [(0,), (1, 2, 3), (4, 5)])
+def test_one_launch_reads_where_strides_say(emulated, what):
+    args = list(make(4, 128, 256, 3, 2, dtype=torch.bfloat16))
+    for i in what:
+        args[i] = spread(args[i])
+    check(emulated, *args)
+    check(emulated, *args[:5], args[5].float())
+
+
+def test_one_launch_under_every_schedule(emulated):
+    args = make(2, 128, 256, 3, 4, dtype=torch.bfloat16)
+    results = []
+    for policy, seed in emulator.SCHEDULES:
+        emulated.schedule(policy, seed)
+        results.append(emulated.expert_ffn(*args))
+    emulated.schedule()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
+def test_one_launch_has_no_races():
+    raced = emulator.load("race")
+    for policy, seed in ((0, 0), (2, 7)):
+        raced.schedule(policy, seed)
+        for sizes in ((2, 128, 256, 3, 4), (1, 128, 2048, 1)):
+            raced.expert_ffn(*make(*sizes, dtype=torch.bfloat16))

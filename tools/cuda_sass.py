@@ -290,7 +290,7 @@ def _target(one: Instruction) -> int | None:
 def _blocks(code: tuple[Instruction, ...]) -> list[tuple[int, int]]:
     starts = {0}
     for i, one in enumerate(code):
-        if one.base in ("BRA", "EXIT", "RET", "BRX", "JMP"):
+        if one.base in ("BRA", "EXIT", "RET", "BRX", "JMP", "BPT"):
             starts.add(i + 1)
             target = _target(one) if one.base == "BRA" else None
             if target is not None:
@@ -307,7 +307,7 @@ def _followers(code: tuple[Instruction, ...], block: tuple[int, int], blocks: li
         target = _target(last)
         if target in begins:
             result.append(begins[target])
-    goes_on = last.guarded or last.base not in ("BRA", "EXIT", "RET", "BRX", "JMP")
+    goes_on = last.guarded or last.base not in ("BRA", "EXIT", "RET", "BRX", "JMP", "BPT")  # BPT traps
     # A branch may also hang on a predicate among its operands: BRA.U !UP0, `(...); BRA P1, ...
     goes_on = goes_on or (last.base == "BRA" and "," in last.operands)
     if goes_on and block[1] in begins:

@@ -7,6 +7,10 @@ The terms are DRAM (with the bytes that are under way together: Little's law), L
 chain: what one warp does in loops and waits for, one after another. Those of an SM are taken for the SM with the most
 blocks, so that waves count whole. The edges are a block's code outside of loops and its first load: other blocks of the
 SM hide them, so they count once, or for every wave where an SM holds one block.
+
+A barrier of the grid stops the SMs and need not stop DRAM: a kernel that has asked for what it reads next before it
+waits (`ahead`) loses what the barrier takes beyond those bytes' time. What that hides of the barrier is added to every
+other term, which stands still meanwhile.
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ class Launch:
         in_flight: bytes from DRAM that a block has asked for and not yet got; None: enough.
         waits: loads from (DRAM, L2) that one block waits for one after another.
         barriers: of the grid.
+        edges: as per_warp, of loops around those that load: they run once before the first load comes or after the
+            last, so their code is in the edges.
+        stops: the same, of what runs between the last load's use before a barrier and the barrier.
+        ahead: bytes from DRAM that a block has asked for when it comes to a barrier, of what it wants after that.
     """
 
     kernel: str
@@ -63,6 +71,9 @@ class Launch:
     in_flight: float | None = None
     waits: tuple[float, float] = (1, 0)
     barriers: int = 0
+    edges: Mapping[str, float] = field(default_factory=dict)
+    stops: Mapping[str, float] = field(default_factory=dict)
+    ahead: float = 0
     times: int = 1
 
 
@@ -123,24 +134,46 @@ def occupancy(card: Card, launch: Launch) -> int:
     return fits
 
 
-def instructions(card: Card, launch: Launch) -> tuple[dict[str, float], dict[str, float]]:
-    """What a warp runs outside of loops and in them, by pipe."""
+@dataclass(frozen=True)
+class Code:
+    """What a warp runs, by pipe."""
+
+    straight: dict[str, float]  # outside of loops
+    looped: dict[str, float]
+    edges: dict[str, float]
+    stops: dict[str, float]
+
+    def all(self, what: str) -> float:
+        return sum(part.get(what, 0.0) for part in (self.straight, self.looped, self.edges, self.stops))
+
+
+def instructions(card: Card, launch: Launch) -> Code:
     loops = budgets.loops(launch.kernel, card.arch)
-    turns = [0.0] * len(loops)
-    named: dict[int, float] = {}
-    for marker, count in launch.per_warp.items():
-        name, _, number = marker.partition(":")
-        holders = [i for i, (_, counts) in enumerate(loops) if i and name in counts]
-        if not holders:
-            raise ValueError(f"{launch.kernel}, sm_{card.arch}: no loop holds {name}")
-        chosen = holders[int(number) - 1] if number else max(holders, key=lambda i: loops[i][1][name])
-        named[chosen] = count / loops[chosen][1][name]
-    looped: dict[str, float] = {}
-    for i, (parent, counts) in enumerate(loops):
-        turns[i] = named.get(i, 1.0 if parent < 0 else launch.others * turns[parent])
-        for what, count in counts.items() if i else ():
-            looped[what] = looped.get(what, 0.0) + turns[i] * count
-    return {what: launch.straight * count for what, count in loops[0][1].items()}, looped
+
+    def find(named: Mapping[str, float]) -> dict[int, float]:
+        """Turns of the loops named."""
+        found: dict[int, float] = {}
+        for marker, count in named.items():
+            name, _, number = marker.partition(":")
+            holders = [i for i, (_, counts) in enumerate(loops) if i and name in counts]
+            if not holders:
+                raise ValueError(f"{launch.kernel}, sm_{card.arch}: no loop holds {name}")
+            chosen = holders[int(number) - 1] if number else max(holders, key=lambda i: loops[i][1][name])
+            found[chosen] = count / loops[chosen][1][name]
+        return found
+
+    groups = [find(named) for named in (launch.per_warp, launch.edges, launch.stops)]
+    named = {i for group in groups for i in group}
+    sums: list[dict[str, float]] = []
+    for group, outside in zip(groups, (1.0, 0.0, 0.0), strict=True):
+        turns: list[float] = []
+        counts: dict[str, float] = {}
+        for i, (parent, own) in enumerate(loops):
+            turns.append(group.get(i, 0.0) if i in named else outside if parent < 0 else launch.others * turns[parent])
+            for what, count in own.items() if i else ():
+                counts[what] = counts.get(what, 0.0) + turns[i] * count
+        sums.append(counts)
+    return Code({what: launch.straight * count for what, count in loops[0][1].items()}, *sums)
 
 
 def bound(card: Card, launch: Launch) -> Bound:
@@ -149,22 +182,24 @@ def bound(card: Card, launch: Launch) -> Bound:
     waves = math.ceil(launch.blocks / resident)
     busiest = math.ceil(launch.blocks / card.sms)  # blocks of the SM that has the most
     warps = -(-launch.threads // 32)
-    straight, looped = instructions(card, launch)
+    code = instructions(card, launch)
     # Of the straight code, what all warps together run, in parts of what would be if all ran it.
     shared = (launch.straight - launch.alone * (1 - 1 / warps)) / launch.straight if launch.straight else 0.0
     cycle = 1 / card.clock
 
     def pipe(what: str, lanes: int) -> float:
-        return busiest * warps * (shared * straight.get(what, 0.0) + looped.get(what, 0.0)) * 32 / lanes * cycle
+        return busiest * warps * (code.all(what) - (1 - shared) * code.straight.get(what, 0.0)) * 32 / lanes * cycle
 
-    def own(code: dict[str, float]) -> float:
+    def own(part: dict[str, float]) -> float:
         """Seconds of one warp."""
-        return (code.get("issue", 0.0) * CYCLES_A_WARP + code.get("BAR", 0.0) * CYCLES_A_BARRIER) * cycle
+        return (part.get("issue", 0.0) * CYCLES_A_WARP + part.get("BAR", 0.0) * CYCLES_A_BARRIER) * cycle
 
     dram_waits, l2_waits = launch.waits
     waiting = dram_waits * card.dram_latency + l2_waits * card.l2_latency
     first = min(waiting, card.dram_latency if dram_waits else card.l2_latency)
-    edges = (waves if held == 1 else 1) * (own(straight) + first)
+    edges = (waves if held == 1 else 1) * (own(code.straight) + own(code.edges) + first)
+    stops = launch.barriers * card.barrier + own(code.stops)
+    hidden = min(stops, launch.barriers * launch.ahead * min(launch.blocks, resident) / card.dram)
 
     l2 = max(launch.l2, launch.dram)
     terms = {
@@ -177,14 +212,15 @@ def bound(card: Card, launch: Launch) -> Bound:
         "float64": pipe("fp64", card.fp64_lanes),
         "conversions": pipe("xu", card.xu_lanes),
         "shared": pipe("wavefronts", 32),
-        "chain": waves * (own(looped) + waiting - first),
+        "chain": waves * (own(code.looped) + waiting - first),
     }
+    terms = {name: t + (hidden if t and name != "DRAM" else 0.0) for name, t in terms.items()}
     return Bound(
         {name: launch.times * t for name, t in terms.items()},
         {"DRAM": launch.times * launch.dram / card.dram, "tensor": launch.times * launch.flops / card.tensor},
         launch.times * card.launch,
         launch.times * edges,
-        launch.times * launch.barriers * card.barrier,
+        launch.times * (stops - hidden),
     )
 
 

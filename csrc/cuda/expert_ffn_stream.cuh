@@ -1,20 +1,16 @@
-// expert_ffn for few pairs of token and expert: weights stream from memory once, two launches, no
-// sort. A block takes a chunk of at most 16 pairs (32 with 8-bit weights, 8 without tensor cores)
-// and those of them that have one expert; further chunks read the weights again, mostly from the
-// second cache.
+// expert_ffn for few pairs of token and expert: weights stream from memory once, no sort. Up to 8
+// pairs go in one launch where expert_ffn_single.cuh takes them; all others in two, which are here.
+// A block takes a chunk of at most 16 pairs (32 with 8-bit weights, 8 without tensor cores) and
+// those of them that have one expert; further chunks read the weights again, mostly from the second
+// cache.
 //
 //   hidden[pair] = silu(gate[e] x) * (up[e] x)   a warp has 8 columns: 8 rows of gate, 8 of up
 //   y[t] = sum_j weight_tj down[e] hidden[pair]  a warp has 16 columns
 //
 // D = 2048, F = 8192: 1024 and 128 tiles. With 2 and 16 warps to a tile, each with its part of the
 // depth, both launches are 128 blocks of 16 warps: one wave on 132 multiprocessors, no tail; and 64
-// KB under way on each, 3.5 times what an H100 wants, so 128 draw its whole bandwidth.
-//
-// Static bound on an H100, one expert, up to 8 pairs. A launch costs 1.3 us in a graph, 0.3 to read
-// the index, 0.7 until the first weights arrive, 0.3 to join and write:
-//   bf16           100.7 MB, 30.0 us + 5.2 = 35.2: 1.17 of the bytes' time
-//   int8, rows     50.3 MB, 15.0 + 5.2 = 20.2: 1.35
-//   int4, 64       26.7 MB, 8.0 + 5.2 = 13.2: 1.65; issue slots 0.71 of those of 8.0 us
+// KB under way on each, 3.5 times what an H100 wants, so 128 draw its whole bandwidth. Two launches
+// and their edges are 7 us beside that (2 rows of bfloat16, static bound on an H100).
 //
 // Every block reads the activations of its part of the depth, from the second cache. Where all
 // warps of a block share 16 columns that is rows / 16 of its bytes of weights in bfloat16: little
@@ -25,17 +21,11 @@
 
 #include <cmath>
 
+#include "cuda/expert_ffn_single.cuh"
 #include "cuda/stream.cuh"
 #include "kernels.h"
 
 namespace synergen::cuda::stream {
-
-struct Matrix {  // [experts, columns, k]
-  const void* data;
-  int64_t strides[3];
-  const void* scale;  // [experts, columns, groups]
-  int64_t scale_strides[3];
-};
 
 struct FfnLaunch {
   int64_t tokens, pairs, top_k, experts, columns;
@@ -99,15 +89,6 @@ SIMT_FN A weight_of(const FfnLaunch& p, int64_t pair) {
   const int64_t at = pair / p.top_k * p.weight_strides[0] + pair % p.top_k * p.weight_strides[1];
   if (p.weight_is_float) return static_cast<A>(static_cast<const float*>(p.weight)[at]);
   return static_cast<A>(simt::widen(static_cast<const T*>(p.weight)[at]));
-}
-
-template <class T, class W>
-SIMT_FN void point(const Matrix& m, int64_t expert, int64_t column, const W*& w, const T*& scale) {
-  w = static_cast<const W*>(m.data) + expert * m.strides[0] + column * m.strides[1];
-  if constexpr (kQuantised<W>) {
-    scale =
-        static_cast<const T*>(m.scale) + expert * m.scale_strides[0] + column * m.scale_strides[1];
-  }
 }
 
 // T: of x; Out: of `out`, and of the routing weights where they are not float. kDown: the second of
@@ -310,6 +291,57 @@ bool packs_all(const FfnLaunch& p) {
   return fits;
 }
 
+// Both products in one launch, expert_ffn_single.cuh, where that takes these sizes. The parts that
+// warps have are those of the two launches.
+template <class T, class W>
+bool launch_single(const char* op, const ExpertFfnParams& p, const FfnLaunch& gate_up,
+                   const FfnLaunch& down, void* stream) {
+  constexpr int kElements = kRing * kChunk<W>;
+  if (p.tokens * p.top_k > kSinglePairs || p.experts > INT32_MAX) return false;
+  SingleLaunch q{};
+  int most = 0;
+  for (int i = 0; i < 2; ++i) {
+    const FfnLaunch& from = i == 0 ? gate_up : down;
+    const int64_t tiles = from.columns / (i == 0 ? 8 : 16);
+    const int split = warps_to_a_tile<W>(tiles, from.k, kSingleWarps);
+    if (!packs_all<T, W>(from) || from.k % kElements != 0 || tiles * split % kSingleWarps != 0 ||
+        (kQuantised<W> && from.group_log2 < 6)) {
+      return false;
+    }
+    q.product[i] = {from.low,
+                    from.high,
+                    from.k / kElements,
+                    __builtin_ctz(static_cast<unsigned>(split)),
+                    static_cast<int>(tiles * split / kSingleWarps),
+                    from.group_log2};
+    most = q.product[i].rounds > most ? q.product[i].rounds : most;
+  }
+  q.pairs = static_cast<int>(p.tokens * p.top_k);
+  q.top_k = static_cast<int>(p.top_k);
+  q.inverse = 65536 / q.top_k + 1;
+  q.dim = static_cast<int>(p.dim);
+  q.hidden = static_cast<int>(p.hidden);
+  q.experts = p.experts;
+  q.x = p.x;
+  q.x_stride = p.x_strides[0];
+  q.index = p.index;
+  q.weight = p.weight;
+  q.weight_is_float = gate_up.weight_is_float;
+  for (int d = 0; d < 2; ++d) {
+    q.index_strides[d] = p.index_strides[d];
+    q.weight_strides[d] = p.weight_strides[d];
+  }
+  q.inner = gate_up.out;
+  q.y = p.y;
+  const auto kernel = ffn_single_kernel<T, W>;
+  const dim3 threads(32 * kSingleWarps);
+  const int64_t resident = simt::resident_blocks(op, kernel, threads, kSingleRing);
+  if (resident < 1) return false;
+  const auto blocks = static_cast<unsigned>(resident < most ? resident : most);
+  simt::launch_cooperative(op, kernel, dim3(blocks), threads, kSingleRing, stream, q);
+  return true;
+}
+
 // gate, up and down: their scales, or none. `scratch` holds scratch_of(p).
 template <class T, class W>
 void launch_ffn(const char* op, const ExpertFfnParams& p, const Matrix& gate, const Matrix& up,
@@ -347,23 +379,28 @@ void launch_ffn(const char* op, const ExpertFfnParams& p, const Matrix& gate, co
   q.columns = p.hidden;
   q.x = p.x;
   q.out = scratch;
-  launch_rows<T, W, H, false>(op, q, packs_all<T, W>(q), stream);
 
-  q.low = q.high = down;
-  q.group_log2 = down_group_log2;
-  q.k = static_cast<int>(p.hidden);
-  q.columns = p.dim;
-  q.x = scratch;
-  q.x_strides[0] = p.hidden;
-  q.x_strides[1] = 1;
-  q.out = p.y;
+  FfnLaunch second = q;
+  second.low = second.high = down;
+  second.group_log2 = down_group_log2;
+  second.k = static_cast<int>(p.hidden);
+  second.columns = p.dim;
+  second.x = scratch;
+  second.x_strides[0] = p.hidden;
+  second.x_strides[1] = 1;
+  second.out = p.y;
   if (bytes.parts > 0) {
-    q.part = static_cast<char*>(scratch) + bytes.hidden;
-    if constexpr (kTensor<T, W>) q.slices = slices_of<W>(p);
+    second.part = static_cast<char*>(scratch) + bytes.hidden;
+    if constexpr (kTensor<T, W>) second.slices = slices_of<W>(p);
   }
-  launch_rows<H, W, T, true>(op, q, packs_all<H, W>(q), stream);
+
+  if constexpr (kTensor<T, W>) {
+    if (launch_single<T, W>(op, p, q, second, stream)) return;
+  }
+  launch_rows<T, W, H, false>(op, q, packs_all<T, W>(q), stream);
+  launch_rows<H, W, T, true>(op, second, packs_all<H, W>(second), stream);
   if (bytes.parts > 0) {
-    launch_sum<T>(op, q, stream);
+    launch_sum<T>(op, second, stream);
   }
 }
 

@@ -167,22 +167,27 @@ SIMT_FN void eight_of(const simt::Words& words, int step, uint32_t (&pairs)[4]) 
   }
 }
 
+// Of the four lanes of a row, those a distance of 1 or 2 apart: word i + distance of the lower one
+// and word i of the upper one change places.
+template <int kDistance>
+SIMT_FN void exchange_at(simt::Words& words, int t) {
+  const bool upper = (t & kDistance) != 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if ((i & kDistance) != 0) continue;
+    uint32_t &low = words.v[i], &high = words.v[i + kDistance];
+    const uint32_t got = __shfl_xor_sync(kAll, upper ? low : high, kDistance);
+    low = upper ? got : low;
+    high = upper ? high : got;
+  }
+}
+
 // Word j of lane t becomes word t of lane j, among the four lanes of a row. A chunk of 4-bit
 // weights is 128 columns, and a scale may belong to 32 of them: afterwards word j of all four is
 // one such run.
 SIMT_FN void exchange(simt::Words& words, int t) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = (t & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & distance) != 0) continue;
-      uint32_t &low = words.v[i], &high = words.v[i + distance];
-      const uint32_t got = __shfl_xor_sync(kAll, upper ? low : high, distance);
-      low = upper ? got : low;
-      high = upper ? high : got;
-    }
-  }
+  exchange_at<1>(words, t);
+  exchange_at<2>(words, t);
 }
 
 template <class T>
