@@ -279,8 +279,8 @@ def sample_tokens(rows: int, filtered: bool) -> Callable[[Card], list[Launch]]:
         else:
             loops |= {"BAR:1": 0.0, "DFMA:1": 0.0, "DFMA:2": 56 * (0.56 * turns + 0.17 * more)}
             loops |= {"BAR:2": 0.0, "BAR:3": 0.0, "STG:4": 0.0} | {f"ATOMS:{i}": 0.0 for i in range(2, 10)}
-        # One after another: parts, counts, the list's keys again, fence and count of arrivals (2), the list (2), sums of
-        # chunks, of threads, the token, its id. Options are asked for together with logits.
+        # One after another: parts, counts, the keys of the list again, fence and count of arrivals (2), the list (2),
+        # sums of chunks, of threads, the token, its id. Options are asked for together with logits.
         l2 = 11 if filtered else 6
         return [
             Launch("sample_tokens_kernel<bf16, 8>", rows * parts, 512, dram=logits, l2=2 * logits,

@@ -34,7 +34,8 @@ struct SamplePart {
   uint32_t first;
 };
 
-// And what is known of a tile after weigh: the mass of each chunk, and the filled places of the list.
+// And what is known of a tile after weigh: the mass of each chunk, and the filled places of the
+// list.
 struct SampleTile {
   uint64_t sums[kSampleWarps];
   int filled;
@@ -162,7 +163,8 @@ class RowSampler {
         const SamplePart<Key> other = scratch_.parts[i];
         if (other.most == most_ && other.first < first) first = other.first;
       }
-      answer_ = static_cast<int>(warp_join(first, [](uint32_t a, uint32_t b) { return a < b ? a : b; }));
+      answer_ =
+          static_cast<int>(warp_join(first, [](uint32_t a, uint32_t b) { return a < b ? a : b; }));
       return false;
     }
     floor_ = least() + 1;
@@ -198,8 +200,8 @@ class RowSampler {
   }
 
  private:
-  // Keys from `top` down, or of this key alone places in the list from `first` up: the next digit to
-  // be found is that of the distance.
+  // Keys from `top` down, or of this key alone places in the list from `first` up: the next digit
+  // to be found is that of the distance.
   struct Range {
     Key top;
     int first, shift;
@@ -365,7 +367,8 @@ class RowSampler {
     held_ = begin;
   }
 
-  // visit(e, place) for this thread's places of a chunk that stay: keys_[e] and masses_[e] are theirs.
+  // visit(e, place) for this thread's places of a chunk that stay: keys_[e] and masses_[e] are
+  // theirs.
   template <class Visit>
   SIMT_FN void for_chunk(int begin, int end, const Visit& visit) {
 #pragma unroll 1

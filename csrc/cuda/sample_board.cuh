@@ -8,8 +8,8 @@ namespace synergen::cuda {
 
 constexpr int kSampleThreads = 512;
 constexpr int kSampleWarps = kSampleThreads / 32;
-// The first digit of a key, four bins a thread. Of a float's that is the sign, the exponent and 2 bits
-// of the mantissa: about 20 bins hold all of a bell curve.
+// The first digit of a key, four bins a thread. Of a float's that is the sign, the exponent and 2
+// bits of the mantissa: about 20 bins hold all of a bell curve.
 constexpr int kSampleDigit = 11;
 constexpr int kSampleBins = 1 << kSampleDigit;
 constexpr int kBinsEach = kSampleBins / kSampleThreads;
@@ -80,14 +80,15 @@ SIMT_FN Word block_scan(Word own, SampleBoard& board, Word& total) {
   const Word sum = warp_scan(own);
   if (lane == 31) board.words[warp] = sum;
   __syncthreads();
-  const Word warps = warp_scan(lane < kSampleWarps ? static_cast<Word>(board.words[lane]) : Word{0});
+  const Word warps =
+      warp_scan(lane < kSampleWarps ? static_cast<Word>(board.words[lane]) : Word{0});
   total = __shfl_sync(0xffffffffu, warps, 31);
   const Word before = __shfl_sync(0xffffffffu, warps, warp > 0 ? warp - 1 : 0);
   return sum - own + (warp > 0 ? before : 0);
 }
 
-// The bin in which the running weight reaches goal(total): its number, its members, their weight and
-// the weight before it are on the board. Thread t has the N bins from N t on.
+// The bin in which the running weight reaches goal(total): its number, its members, their weight
+// and the weight before it are on the board. Thread t has the N bins from N t on.
 template <int N, class Word, class Goal>
 SIMT_FN void pick_bin(const uint32_t (&members)[N], const Word (&weights)[N], SampleBoard& board,
                       const Goal& goal) {

@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   // All of a row is asked for before anything is waited for: options and logits are one way to
   // memory and back, 0.7 us.
   const double guidance = p.guidance.at(r, 1.0);
-  const SampleOptions asked{p.temperature.at(r, 1.0), p.top_p.at(r, 1.0),
-                            p.top_k.at(r, int64_t{0}), 0, launch.bits};
+  const SampleOptions asked{p.temperature.at(r, 1.0), p.top_p.at(r, 1.0), p.top_k.at(r, int64_t{0}),
+                            0, launch.bits};
   const int64_t seed = p.seed.at(r, int64_t{0}), position = p.position.at(r, int64_t{0});
   const T* uncond = static_cast<const T*>(p.uncond);
   const RowLogits<T, N> logits{static_cast<const T*>(p.logits) + r * p.logits_strides[0],
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   const SampleOptions& options = board[0].options;
   if (threadIdx.x == 0) {
     board[0].options = asked;
-    board[0].options.word = philox_word(static_cast<uint64_t>(seed), static_cast<uint64_t>(position));
+    board[0].options.word =
+        philox_word(static_cast<uint64_t>(seed), static_cast<uint64_t>(position));
   }
   row.scan();
   if (launch.parts > 1) {
