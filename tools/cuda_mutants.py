@@ -10,7 +10,8 @@ finds nothing any more. So a mistake costs a compilation and one test instead of
     python tools/cuda_mutants.py                 all of them
     python tools/cuda_mutants.py --third 2       every third, beginning with the second
     python tools/cuda_mutants.py --only rope rms_norm:14    those of a file, or single ones
-    python tools/cuda_mutants.py --record        and remember what found each
+    python tools/cuda_mutants.py --known         those that a test has found before
+    python tools/cuda_mutants.py --record        all, and remember what found each
 """
 
 import argparse
@@ -164,6 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--third", type=int, choices=(1, 2, 3), help="every third mutant, beginning with this one")
     parser.add_argument("--only", nargs="+", help="the mutants of these files, or these: rope rms_norm:14")
+    parser.add_argument("--known", action="store_true", help="those alone that a test has found before")
     parser.add_argument("--record", action="store_true", help="write tools/mutants/finders.json")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at a time (all cores)")
     chosen = parser.parse_args()
@@ -174,8 +176,9 @@ def main() -> int:
         print(f"cuda_mutants: no such mistakes: {' '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     mutants = [m for m in planted if not chosen.only or {m.name, m.name.split(":")[0]} & set(chosen.only)]
-    mutants = mutants[chosen.third - 1 :: 3] if chosen.third else mutants
     finders = json.loads(FINDERS.read_text()) if FINDERS.is_file() else {}
+    mutants = [m for m in mutants if not chosen.known or m.name in finders]
+    mutants = mutants[chosen.third - 1 :: 3] if chosen.third else mutants
     if not emulator.available():
         print("cuda_mutants: needs g++, cmake and ninja on PATH", file=sys.stderr)
         return 2
