@@ -151,24 +151,30 @@ class SynerGenVL(nn.Module):
         """States ``[..., D]`` -> logits over text and specials ``[..., vocab_size + 3]``."""
         return torch.cat((self.output(states), self.special_output(states)), dim=-1)
 
-    def states(self, input_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:
-        """Final states ``[B, T, D]`` of whole sequences, uncached."""
-        return self.backbone(self.embed(input_ids, image_ids), input_ids == self.config.image_id)
+    def states(self, input_ids: Tensor, image_ids: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Final states ``[B, T, D]`` of whole sequences, uncached; ``documents`` as in `forward`."""
+        positions, mask = (None, None) if documents is None else packed(documents)
+        return self.backbone(self.embed(input_ids, image_ids), input_ids == self.config.image_id, positions, mask)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, image_ids: Tensor | None = None, paint: Tensor | None = None
-    ) -> Losses:
-        """Training losses of right-padded sequences.
+        self, input_ids: Tensor, labels: Tensor, image_ids: Tensor | None = None, paint: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Losses:  # fmt: skip
+        """Training losses of right-padded sequences, or of rows that hold several sequences.
 
         Args:
             input_ids: int64 ``[B, T]``.
             labels: int64 ``[B, T]``, the id to be predicted *at* each position (not shifted), or -100.
             image_ids: int64 ``[N, h, w]``, the pictures in reading order.
             paint: bool ``[N]``, which pictures carry the image loss (generation samples); default: none.
+            documents: int64 ``[B, T]``, a number for each sequence of a row, one after another; a position looks at
+                those of its own document alone, and counts from its beginning. Default: one document a row.
         """
-        h = self.states(input_ids, image_ids)
+        h = self.states(input_ids, image_ids, documents)
         # The state before a position predicts it, for both modalities.
         before, wanted = h[:, :-1], labels[:, 1:]
+        if documents is not None:  # but not across documents
+            wanted = wanted.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
         chosen = wanted != IGNORE
         text = image = h.sum() * 0
         if bool(chosen.any()):
@@ -247,6 +253,18 @@ class SynerGenVL(nn.Module):
         if config.tie_word_embeddings:
             model.output.weight = model.tok_embeddings.weight
         return model.eval()
+
+
+def packed(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions ``[B, T]`` that begin again with each document, and the mask ``[B, 1, T, T]`` (True = may look)."""
+    b, t = documents.shape
+    begins = torch.ones(b, t, dtype=torch.bool, device=documents.device)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    place = torch.arange(t, device=documents.device)
+    positions = place - (place * begins).cummax(1).values
+    run = begins.cumsum(1)
+    mask = (run[:, :, None] == run[:, None, :]).tril()
+    return positions, mask[:, None]
 
 
 @torch.no_grad()

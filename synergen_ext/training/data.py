@@ -19,17 +19,21 @@ from ..processing.image_tokenizer import ImageTokenizer, to_pixels
 from ..processing.sequences import Example, SequenceBuilder
 from ..processing.text import TextTokenizer
 from ..scenes import CAPTION_INSTRUCTION, Scene, caption, questions, training_scene
+from .packing import pack, plan_rows
 
 
 @dataclass
 class Batch:
-    """Right-padded sequences and their pictures; ``paint`` marks the pictures that carry the image loss."""
+    """Sequences and their pictures, one a row and padded on the right, or several where there are ``documents``;
+    ``paint`` marks the pictures that carry the image loss."""
 
     input_ids: Tensor  # int64 [B, T]
     labels: Tensor  # int64 [B, T]
     image_ids: Tensor | None  # int64 [N, h, w]
     paint: Tensor | None  # bool [N]
     tokens: int  # positions that hold a token, padding left out
+    samples: int
+    documents: Tensor | None = None  # int64 [B, T], see SynerGenVL.forward
 
 
 def train_text_tokenizer(seed: int, vocab_size: int, scenes: int = 4000) -> TextTokenizer:
@@ -114,14 +118,16 @@ class SceneBatches:
     """Draws batches from a scene cache. Step ``s`` is a function of ``(seed, s)``: resuming needs no state."""
 
     def __init__(
-        self, builder: SequenceBuilder, ids: NDArray[np.uint16], scene_seed: int, seed: int, unconditional: float = 0.1
-    ) -> None:
-        self.builder, self.ids, self.scene_seed, self.seed, self.unconditional = (
+        self, builder: SequenceBuilder, ids: NDArray[np.uint16], scene_seed: int, seed: int, unconditional: float = 0.1,
+        pack: int = 0,
+    ) -> None:  # fmt: skip
+        self.builder, self.ids, self.scene_seed, self.seed, self.unconditional, self.pack = (
             builder,
             ids,
             scene_seed,
             seed,
             unconditional,
+            pack,
         )
 
     def _rng(self, step: int, task: int) -> np.random.Generator:
@@ -146,7 +152,7 @@ class SceneBatches:
         for i in picked:
             scene = training_scene(self.scene_seed, int(i))
             examples.append(self.builder.paint(None if rng.random() < self.unconditional else scene.request.prompt))
-        return collate(examples[share], self.ids[picked[share]], paint=True)
+        return self._collate(examples[share], self.ids[picked[share]], paint=True)
 
     def describe(self, step: int, size: int, questions_each: int = 3, share: slice = ALL) -> Batch:
         """Understanding: picture and questions to answers."""
@@ -155,7 +161,7 @@ class SceneBatches:
         for i in picked:
             pairs = questions(training_scene(self.scene_seed, int(i)), rng)
             examples.append(self.builder.ask(pairs[:questions_each]))
-        return collate(examples[share], self.ids[picked[share]], paint=False)
+        return self._collate(examples[share], self.ids[picked[share]], paint=False)
 
     def text(self, step: int, size: int, questions_each: int = 3, share: slice = ALL) -> Batch:
         """Text only: a caption in words, then questions about it; loss on every word."""
@@ -166,7 +172,12 @@ class SceneBatches:
             pairs = [p for p in questions(scene, rng) if p[0] != CAPTION_INSTRUCTION][:questions_each]
             first = (f"A picture shows {caption(scene)}. {pairs[0][0]}", pairs[0][1])
             examples.append(self.builder.ask([first, *pairs[1:]], pictures=0, learn_questions=True))
-        return collate(examples[share], None, paint=False)
+        return self._collate(examples[share], None, paint=False)
+
+    def _collate(self, examples: list[Example], image_ids: NDArray[np.uint16] | None, paint: bool) -> Batch:
+        if self.pack:
+            return collate_packed(examples, image_ids, paint, self.pack)
+        return collate(examples, image_ids, paint)
 
 
 def collate(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint: bool, multiple: int = 8) -> Batch:
@@ -178,8 +189,23 @@ def collate(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint
     for row, e in enumerate(examples):
         input_ids[row, : len(e.ids)] = torch.tensor(e.ids)
         labels[row, : len(e.labels)] = torch.tensor(e.labels)
+    return _batch(examples, input_ids, labels, image_ids, paint)
+
+
+def collate_packed(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint: bool, row: int) -> Batch:
+    """Rows of ``row`` positions with as many whole examples as fit, each with one picture, or none at all."""
+    rows = plan_rows([len(e.ids) for e in examples], row)
+    input_ids, labels, documents = pack(examples, rows, row)
+    if image_ids is not None:
+        image_ids = image_ids[[i for r in rows for i in r]]  # in reading order
+    return _batch(examples, input_ids, labels, image_ids, paint, documents)
+
+
+def _batch(
+    examples: list[Example], input_ids: Tensor, labels: Tensor, image_ids: NDArray[np.uint16] | None, paint: bool,
+    documents: Tensor | None = None,
+) -> Batch:  # fmt: skip
+    pictures = None if image_ids is None else torch.from_numpy(np.ascontiguousarray(image_ids).astype(np.int64))
+    painted = None if pictures is None else torch.full((len(pictures),), paint)
     tokens = sum(len(e.ids) for e in examples)
-    if image_ids is None:
-        return Batch(input_ids, labels, None, None, tokens)
-    pictures = torch.from_numpy(np.ascontiguousarray(image_ids).astype(np.int64))
-    return Batch(input_ids, labels, pictures, torch.full((len(pictures),), paint), tokens)
+    return Batch(input_ids, labels, pictures, painted, tokens, len(examples), documents)

@@ -73,7 +73,7 @@ def train_step(
     figures: dict[str, float] = {}
     for (name, batch), share in zip(tasks, shares, strict=True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-            losses = model(batch.input_ids, batch.labels, batch.image_ids, batch.paint)
+            losses = model(batch.input_ids, batch.labels, batch.image_ids, batch.paint, batch.documents)
         (losses.total + (share - 1) * losses.text).backward()
         figures[f"{name}/text"] = float(losses.text.detach()) * share
         if name == "paint":
@@ -137,7 +137,9 @@ def run_stage(
             seconds = time.perf_counter() - began
             figures["learning_rate"] = rate
             figures["tokens_per_second"] = world.size * sum(b.tokens for _, b in tasks) / seconds
-            figures["samples_per_second"] = world.size * sum(len(b.input_ids) for _, b in tasks) / seconds
+            figures["samples_per_second"] = world.size * sum(b.samples for _, b in tasks) / seconds
+            # Of all positions, those that hold a token: the rest is padding.
+            figures["filled"] = sum(b.tokens for _, b in tasks) / sum(b.input_ids.numel() for _, b in tasks)
             if on_step:
                 on_step(stage.name, step, figures)
             done = step + 1

@@ -60,6 +60,7 @@ class StageRecipe:
     text: int = 0  # words only
     questions: int = 3  # question-answer pairs a picture
     unconditional: float = 0.1  # share of captions replaced by <UNCOND> (guidance)
+    pack: int = 0  # positions of a row that several samples share; 0: one sample a row, padded
     clip: float = 1.0  # gradient norm
     ema: float = 0.0  # decay of the averaged weights that the stage ends with; 0 keeps the last weights
     copy_experts: bool = False  # begin by copying every text FFN to its vision expert
@@ -76,7 +77,7 @@ class StageRecipe:
         _require(self.optimizer in OPTIMIZERS, where, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
         for name in ("steps", "questions"):
             _require(getattr(self, name) >= 1, where, name, "at least 1", getattr(self, name))
-        for name in ("paint", "describe", "text", "warmup", "weight_decay"):
+        for name in ("paint", "describe", "text", "pack", "warmup", "weight_decay"):
             _require(0 <= getattr(self, name) < math.inf, where, name, "at least 0", getattr(self, name))
         for name in ("learning_rate", "clip"):
             _require(0 < getattr(self, name) < math.inf, where, name, "above 0", getattr(self, name))

@@ -83,7 +83,7 @@ class Reporter:
         """Record one training step."""
         short = (
             "  ".join(f"{k} {v:.3f}" for k, v in figures.items() if "/" in k)
-            + f"  {figures['tokens_per_second']:,.0f} tokens/s"
+            + f"  {figures['tokens_per_second']:,.0f} tokens/s  {figures['filled']:.0%} filled"
         )
         self._record(stage, step, figures, short)
 

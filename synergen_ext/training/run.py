@@ -175,7 +175,8 @@ class _Run:
             cache = SceneCache(self.out / "cache", self.world.first(self.image_tokenizer), data.seed, data.scenes)
             with self.reporter.task("tokenising scenes", data.scenes, 0):
                 ids = self.world.first(lambda: cache.build(self.reporter.advance))
-        return SceneBatches(self.builder, ids, data.seed, self.recipe.seed * 1000 + index, stage.unconditional)
+        seed = self.recipe.seed * 1000 + index
+        return SceneBatches(self.builder, ids, data.seed, seed, stage.unconditional, stage.pack)
 
     def _export(self, model: SynerGenVL) -> Path:
         """The folder that loads: model in bfloat16, both tokenizers, the recipe, the curve."""
