@@ -82,5 +82,5 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.tools $(SOURCES)
-	$(PIP) install --no-build-isolation -e '.[scenes,train,dev]'
+	$(PIP) install --no-build-isolation -e '.[scenes,train,convert,dev]'
 	@touch $(VENV)/.installed $@

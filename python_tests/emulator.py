@@ -89,7 +89,7 @@ class Emulated:
         return lambda *args: self._call(op, args)
 
     def _call(self, op: str, args: tuple[Any, ...]) -> Any:
-        """Results in fresh tensors that hold NaN (or -1), so an element left unwritten shows."""
+        """Results in fresh tensors that hold NaN (or -7), so an element left unwritten shows."""
         shapes = getattr(torch.ops.synergen, op)(*map(_without_data, args))
         many = isinstance(shapes, tuple)
         out = tuple(_unwritten(s) for s in (shapes if many else (shapes,)))
@@ -104,7 +104,7 @@ def _without_data(value: Any) -> Any:
 
 
 def _unwritten(shape: Tensor) -> Tensor:
-    return torch.full(shape.shape, torch.nan if shape.dtype.is_floating_point else -1, dtype=shape.dtype, device="cpu")
+    return torch.full(shape.shape, torch.nan if shape.dtype.is_floating_point else -7, dtype=shape.dtype, device="cpu")
 
 
 class OnGpu:

@@ -15,10 +15,12 @@ finds nothing any more. So a mistake costs a compilation and one test instead of
 """
 
 import argparse
+import datetime
 import importlib
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ sys.path.insert(0, str(TESTS))
 emulator = importlib.import_module("emulator")  # found on the path that was added above
 
 SECONDS = 60  # of one test: a mistake may make a kernel loop for ever. The slowest takes 15 s, with the sanitizers
+SECONDS_KNOWN = 15  # where the same test had to be stopped before: it takes 2 s when all is well
+LATER = "later"  # in place of a gate: its time was over
 FINDERS = ROOT / "tools" / "mutants" / "finders.json"
 
 GATES = {
@@ -83,7 +87,8 @@ def found_by(mutant: Mutant, finder: dict[str, str] | None, folder: Path) -> dic
     if finder and (TESTS / finder["test"].split("::")[0]).is_file():
         gate = "numbers" if finder["gate"] == "killed" else finder["gate"]
         # Compiled faster (1.1 s for 2.4 s, mean of the sources) for one short test.
-        found = _first_failure(build(mutant, GATES[gate][0], folder, "-O0"), [finder["test"]])
+        seconds = SECONDS_KNOWN if finder["gate"] == "killed" else SECONDS
+        found = _first_failure(build(mutant, GATES[gate][0], folder, "-O0"), [finder["test"]], seconds)
         if found:
             return {"gate": "killed" if found[1] else gate, "test": found[0]}
     files = sorted(path.name for path in TESTS.glob("test_cuda_*.py"))
@@ -105,7 +110,7 @@ class _Teller:
         os.write(self.pipe, f"{nodeid}\n".encode())
 
 
-def _first_failure(library: Path, tests: list[str]) -> tuple[str, bool] | None:
+def _first_failure(library: Path, tests: list[str], seconds: float = SECONDS) -> tuple[str, bool] | None:
     """The first of the tests that fails over that library, and whether it had to be killed; None where all pass. In a
     child of this process, which has torch imported already."""
     reading, writing = os.pipe()
@@ -124,7 +129,7 @@ def _first_failure(library: Path, tests: list[str]) -> tuple[str, bool] | None:
     os.close(writing)
     os.set_blocking(reading, False)
     told, code, since = b"", None, time.monotonic()
-    while code is None and time.monotonic() < since + SECONDS:
+    while code is None and time.monotonic() < since + seconds:
         time.sleep(0.02)
         done, status = os.waitpid(child, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status) if done else None
@@ -152,7 +157,9 @@ def _drained(pipe: int, before: bytes) -> bytes:
         before = (before + piece)[-65536:]
 
 
-def _judge(mutant: Mutant, finder: dict[str, str] | None) -> dict[str, str]:
+def _judge(mutant: Mutant, finder: dict[str, str] | None, until: float) -> dict[str, str]:
+    if time.time() > until:
+        return {"gate": LATER}
     with tempfile.TemporaryDirectory() as folder:
         try:
             return found_by(mutant, finder, Path(folder))
@@ -166,6 +173,9 @@ def main() -> int:
     parser.add_argument("--third", type=int, choices=(1, 2, 3), help="every third mutant, beginning with this one")
     parser.add_argument("--only", nargs="+", help="the mutants of these files, or these: rope rms_norm:14")
     parser.add_argument("--known", action="store_true", help="those alone that a test has found before")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="plant no more after so long; the order is the day's"
+    )
     parser.add_argument("--record", action="store_true", help="write tools/mutants/finders.json")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at a time (all cores)")
     chosen = parser.parse_args()
@@ -179,26 +189,31 @@ def main() -> int:
     finders = json.loads(FINDERS.read_text()) if FINDERS.is_file() else {}
     mutants = [m for m in mutants if not chosen.known or m.name in finders]
     mutants = mutants[chosen.third - 1 :: 3] if chosen.third else mutants
+    if chosen.minutes < 1e9:  # so that those at the end of the list have their turn
+        random.Random(str(datetime.date.today())).shuffle(mutants)
     if not emulator.available():
         print("cuda_mutants: needs g++, cmake and ninja on PATH", file=sys.stderr)
         return 2
     for kind in FLAGS:
         emulator.build("synergen_simt", f"kernels_{kind}")
     counts: dict[str, int] = {}
-    known = [finders.get(m.name) for m in mutants]
+    known, until = [finders.get(m.name) for m in mutants], time.time() + 60 * chosen.minutes
     # Forked workers: each has torch imported already, and forks again for every run of the tests.
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("fork")) as workers:
-        for mutant, found in zip(mutants, workers.map(_judge, mutants, known), strict=True):
+        for mutant, found in zip(mutants, workers.map(_judge, mutants, known, [until] * len(mutants)), strict=True):
             gate = found.get("gate", "")
             counts[gate] = counts.get(gate, 0) + 1
+            if gate == LATER:
+                continue
             what = " ".join(mutant.before.split())[:60]
             print(f"{mutant.name:32} {gate or 'NOT FOUND':10} {what}", flush=True)
             if chosen.record:
                 finders.pop(mutant.name, None)
                 finders.update({mutant.name: found} if found else {})
                 _write(finders, names)
-    missed = counts.pop("", 0)
-    print(f"{len(mutants) - missed} of {len(mutants)} found: " + ", ".join(f"{n} by {g}" for g, n in counts.items()))
+    missed, later = counts.pop("", 0), counts.pop(LATER, 0)
+    planted_now, gates = len(mutants) - later, ", ".join(f"{n} by {g}" for g, n in counts.items())
+    print(f"{planted_now - missed} of {planted_now} found: {gates}" + (f"; {later} not planted" if later else ""))
     return 1 if missed else 0
 
 
