@@ -173,9 +173,7 @@ def main() -> int:
     parser.add_argument("--third", type=int, choices=(1, 2, 3), help="every third mutant, beginning with this one")
     parser.add_argument("--only", nargs="+", help="the mutants of these files, or these: rope rms_norm:14")
     parser.add_argument("--known", action="store_true", help="those alone that a test has found before")
-    parser.add_argument(
-        "--minutes", type=float, default=1e9, help="plant no more after so long; the order is the day's"
-    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="plant none after that; in the day's order")
     parser.add_argument("--record", action="store_true", help="write tools/mutants/finders.json")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="how many at a time (all cores)")
     chosen = parser.parse_args()
