@@ -1,5 +1,6 @@
 """The tools that look at compiled kernels: loops of machine code, PTX of wrappers, the static bound's arithmetic."""
 
+import dataclasses
 import importlib
 import shutil
 import subprocess
@@ -74,13 +75,25 @@ def test_bound_takes_the_largest_term(bound, monkeypatch):
     monkeypatch.setattr(budgets, "loops", lambda name, arch: loops)
     launch = bound.Launch("k", blocks=133, threads=256, shared=60 << 10, dram=3.35e6, flops=1e9, per_warp={"HMMA": 40})
     assert bound.occupancy(H100, launch) == 2
-    assert bound.instructions(H100, launch) == ({"issue": 100}, {"issue": 4 * 50, "HMMA": 40, "wavefronts": 32})
+    code = bound.instructions(H100, launch)
+    assert code.straight == {"issue": 100} and code.looped == {"issue": 4 * 50, "HMMA": 40, "wavefronts": 32}
+    assert not any(code.edges.values()) and not any(code.stops.values())
     got = bound.bound(H100, launch)
     assert got.terms["DRAM"] == pytest.approx(1e-6) == pytest.approx(got.ideal["DRAM"])
     assert got.terms["tensor"] == pytest.approx(got.ideal["tensor"] * 2 * 132 / 133)  # one SM has two blocks
     assert got.terms["issue"] == pytest.approx(2 * 8 * 300 / 4 / H100.clock)
     assert got.edges == pytest.approx(100 * 2 / H100.clock + H100.dram_latency)  # the other block hides it
     assert got.total == max(got.terms.values()) + H100.launch + got.edges
+    # Three of the four turns are named as a stop before a barrier: what was asked for ahead goes on meanwhile.
+    stopped = bound.Launch("k", 132, 256, dram=3.35e6, stops={"HMMA": 30}, barriers=1, ahead=1e9)
+    hidden = bound.bound(H100, stopped)
+    assert hidden.barriers == pytest.approx(0, abs=1e-12)
+    waits = bound.bound(H100, dataclasses.replace(stopped, ahead=0))
+    assert waits.barriers == pytest.approx(H100.barrier + 3 * 50 * 2 / H100.clock)
+    # What one warp of eight runs alone counts whole at the edges, and once in the pipes.
+    alone = bound.bound(H100, dataclasses.replace(launch, alone=1.0))
+    assert alone.edges == got.edges
+    assert alone.terms["issue"] == pytest.approx(2 * (100 + 8 * 200) / 4 / H100.clock)
     # Little's law: one KiB under way for each block.
     slow = bound.bound(H100, bound.Launch("k", 132, 256, dram=3.35e6, in_flight=1024, others=0))
     assert slow.terms["DRAM"] == pytest.approx(3.35e6 / (132 * 1024 / H100.dram_latency))
