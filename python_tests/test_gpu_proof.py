@@ -142,3 +142,12 @@ def test_budgets_and_rules(sass):
     assert not broken(0, waits, weights) and not broken(0, stale)
     call = sass.Instruction(0, "CALL.REL.NOINC", "$__internal_3_$__cuda_sm20_div_s64", False)
     assert compiled.call_name(call) == "div_s64"
+
+
+def test_every_planted_mistake_finds_its_place():
+    sys.path.insert(0, str(ROOT / "tools"))
+    planted = importlib.import_module("mutants").every()
+    sys.path.remove(str(ROOT / "tools"))
+    assert len({mutant.name for mutant in planted}) == len(planted) > 900
+    for mutant in planted:
+        assert mutant.text() != (ROOT / "csrc" / "cuda" / mutant.file).read_text(), mutant.name
