@@ -96,7 +96,8 @@ def from_sentencepiece(path: Path, added: dict[int, str]) -> Tokenizer:
         from sentencepiece import sentencepiece_model_pb2 as pb2
     except ImportError as e:
         raise ImportError("tokenizer.model needs the package sentencepiece: pip install 'synergen_ext[convert]'") from e
-    proto = pb2.ModelProto()
+    module: Any = pb2  # generated: its classes are not in its text
+    proto = module.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as e:  # protobuf's own exception, whose class depends on its backend
