@@ -45,6 +45,11 @@ def load() -> ModuleType:
         ) from error
 
 
+def kernel_of(op: str) -> str:
+    """The kernel that an op calls: unfold_ids is fold_ids run backwards, expert_ffn_train keeps more."""
+    return {"unfold_ids": "fold_ids", "expert_ffn_train": "expert_ffn"}.get(op, op)
+
+
 def build_info() -> dict[str, Any]:
     """What the compiled module was built from and for.
 

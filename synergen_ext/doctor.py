@@ -54,7 +54,7 @@ def _cpu() -> Check:
 
 def _compiled() -> list[Check]:
     """The compiled module, the devices it sees, and the path that each op takes on them."""
-    from ._build import REBUILD, build_info, load
+    from ._build import REBUILD, build_info, kernel_of, load
 
     try:
         module = load()
@@ -93,8 +93,7 @@ def _compiled() -> list[Check]:
 
     gpu = torch.cuda.is_available()
     for op in sorted(name for name in dir(module.kernels) if not name.startswith("_")):
-        # unfold_ids is fold_ids run backwards, expert_ffn_train keeps more: one kernel each.
-        kernel = {"unfold_ids": "fold_ids", "expert_ffn_train": "expert_ffn"}.get(op, op)
+        kernel = kernel_of(op)
         value = f"CPU: {module.kernel_isa(kernel)} kernel"
         if gpu:
             native = kernel in with_cuda

@@ -4,6 +4,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "cpu/route_tokens.h"
 #include "kernels.h"
 
 namespace synergen::cpu::SYNERGEN_ISA {
@@ -23,29 +24,14 @@ struct Routing {
         pairs(p.tokens * p.top_k),
         tokens(p.tokens * p.top_k),
         weights(p.tokens * p.top_k) {
-    Scratch<int64_t> next(p.experts + 1);
-    for (int64_t e = 0; e <= p.experts; ++e) offsets[e] = 0;
-    for_each_routed(p, [&](int64_t, int64_t, int64_t e) { ++offsets[e + 1]; });
-    for (int64_t e = 0; e < p.experts; ++e) offsets[e + 1] += offsets[e];
+    sort_pairs(p, pairs.data(), offsets.data());
     rows = offsets[p.experts];
-    for (int64_t e = 0; e < p.experts; ++e) next[e] = offsets[e];
     const RowsOf weight{p.weight_dtype, p.weight, p.weight_strides[0], p.weight_strides[1]};
-    for_each_routed(p, [&](int64_t t, int64_t j, int64_t e) {
-      const int64_t row = next[e]++;
-      pairs[row] = t * p.top_k + j;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t t = pairs[row] / p.top_k;
       tokens[row] = t;
       weights[row] = A(1);
-      if (p.weight) weight.load(t, j, 1, &weights[row]);
-    });
-  }
-
-  template <class F>
-  static void for_each_routed(const ExpertFfnParams& p, const F& f) {
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      for (int64_t j = 0; j < p.top_k; ++j) {
-        const int64_t e = p.index[t * p.index_strides[0] + j * p.index_strides[1]];
-        if (e < p.experts) f(t, j, e);
-      }
+      if (p.weight) weight.load(t, pairs[row] - t * p.top_k, 1, &weights[row]);
     }
   }
 };

@@ -11,11 +11,6 @@
 
 namespace synergen {
 
-inline void check_index_dims(const char* op, const Tensor& index) {
-  check_dtype(op, "expert_index", index, {DType::kInt64});
-  if (index.dim() != 1) check_dims(op, "expert_index", index, "[T] or [T, k]", 2);
-}
-
 // expert_index, [T] or [T, k], into p, whose tokens are known.
 template <class Params>
 void read_index(const char* op, Call& call, const Tensor& index, Params& p) {

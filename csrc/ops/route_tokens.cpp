@@ -6,7 +6,7 @@ namespace synergen {
 // expert_index [T] or [T, k] -> order [T * k], offsets [E + 1], both int32
 std::tuple<Tensor, Tensor> route_tokens(Call& call, const Tensor& expert_index, int64_t experts) {
   const char* op = "route_tokens";
-  check_index_dims(op, expert_index);
+  if (expert_index.dim() != 1) check_dims(op, "expert_index", expert_index, "[T] or [T, k]", 2);
   if (experts < 0 || experts >= INT32_MAX) {
     refuse(op, ": experts must be in [0, 2^31 - 1), got ", experts);
   }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._build import load
+from .._build import kernel_of, load
 from . import eager, reference
 
 _C = load()  # registers torch.ops.synergen
@@ -49,8 +49,7 @@ def backend(name: str) -> Iterator[None]:
 def reference_on_cuda(op: str, function: Callable[..., Any]) -> None:
     """Run `function` for CUDA tensors where this build has no CUDA kernel of the op; `synergen doctor` lists such
     ops."""
-    kernel = {"unfold_ids": "fold_ids", "expert_ffn_train": "expert_ffn"}.get(op, op)
-    if kernel in _C.cuda_kernels():
+    if kernel_of(op) in _C.cuda_kernels():
         return
 
     def run(*args: Any) -> Any:

@@ -8,7 +8,7 @@ add("  for (int64_t e = lane; e < p.experts; e += 32) counters[e] = 0;\n")
 add("counters[e] = 0;\n  __syncwarp();", "counters[e] = 0;")
 add("if (has_expert(p, e)) atomicAdd(&counters[e], 1);", "if (has_expert(p, e)) counters[e] += 1;")
 add("if (has_expert(p, e)) atomicAdd(&counters[e], 1);", "if (e >= 0) atomicAdd(&counters[e], 1);")
-add("  __syncwarp();\n  for (int64_t e = lane; e < p.experts; e += 32) {\n    p.counts", "  for (int64_t e = lane; e < p.experts; e += 32) {\n    p.counts")  # fmt: skip  # noqa: E501
+add("  __syncwarp();\n  for (int64_t e = lane; e < p.experts; e += 32) {", "  for (int64_t e = lane; e < p.experts; e += 32) {")
 add("i < (tile + 1) * kCountTile && i < p.pairs; i += 32", "i < (tile + 1) * kCountTile; i += 32")
 add("if (i % p.count_tiles == 0) p.offsets", "p.offsets")
 add("if (threadIdx.x == 1023) p.offsets", "if (threadIdx.x == 0) p.offsets")
