@@ -1,6 +1,9 @@
 """What the tests of emulated CUDA kernels share: comparison with the reference, and layouts that packed access must not
 take for its own."""
 
+import torch
+from emulator import SCHEDULES
+
 from synergen_ext.ops import reference
 from synergen_ext.testing import assert_as_accurate, to_float64
 
@@ -11,6 +14,16 @@ def check(emulated, op, *args, slow=None):
     ours = getattr(emulated, op)(*args)
     assert_as_accurate(ours, slow(*args), slow(*to_float64(args)), op)
     return ours
+
+
+def same_bits_under_every_schedule(emulated, call, resident_blocks=1):
+    """`call()` once under each of the emulator's orders."""
+    results = []
+    for policy, seed in SCHEDULES:
+        emulated.schedule(policy, seed, resident_blocks)
+        results.append(call())
+    emulated.schedule()
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def padded(x):

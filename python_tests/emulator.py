@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "simt"
 
 #: Orders in which the emulator runs what CUDA leaves open.
-SCHEDULES = [(0, 0), (1, 0), *((2, seed) for seed in range(1, 4))]
+SCHEDULES = [(0, 0), (1, 0), *((2, seed) for seed in range(1, 11))]
 
 
 # The environment's cmake and ninja are found though nobody has activated it.

@@ -38,10 +38,9 @@ def test_every_cuda_kernel_is_here():
 def test_no_schedule_changes_a_bit(emulated, op):
     args = SMALL[op]()
     results = []
-    for policy, seed in SCHEDULES:
-        for resident in (1, 3):
-            emulated.schedule(policy, seed, resident)
-            results.append(as_tuple(getattr(emulated, op)(*args)))
+    for n, (policy, seed) in enumerate(SCHEDULES):
+        emulated.schedule(policy, seed, 1 if n % 2 else 3)
+        results.append(as_tuple(getattr(emulated, op)(*args)))
     emulated.schedule()
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

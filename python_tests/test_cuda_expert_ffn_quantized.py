@@ -3,7 +3,7 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import UNPACKED, spaced
+from cuda_cases import UNPACKED, same_bits_under_every_schedule, spaced
 from test_cuda_expert_ffn_stream import launches, spread
 from test_expert_ffn import plain
 from test_expert_ffn_quantized import FORMATS, inputs
@@ -170,12 +170,7 @@ def test_one_launch_is_what_it_says(emulated):
 @pytest.mark.parametrize("bits, size", [(8, 256), (4, 512)])
 def test_one_launch_under_every_schedule(emulated, bits, size):
     args = inputs(2, size, size, 3, 3, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
-    results = []
-    for policy, seed in emulator.SCHEDULES:
-        emulated.schedule(policy, seed)
-        results.append(emulated.expert_ffn_quantized(*args))
-    emulated.schedule()
-    assert all(torch.equal(result, results[0]) for result in results)
+    same_bits_under_every_schedule(emulated, lambda: emulated.expert_ffn_quantized(*args))
 
 
 @pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")

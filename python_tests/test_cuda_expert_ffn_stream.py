@@ -5,7 +5,7 @@ import ctypes
 import emulator
 import pytest
 import torch
-from cuda_cases import UNPACKED
+from cuda_cases import UNPACKED, same_bits_under_every_schedule
 from test_expert_ffn import inputs, plain
 
 from synergen_ext.ops import reference
@@ -75,23 +75,29 @@ def test_routing(emulated, experts, top_k, dtype):
     check(emulated, *make(12, 16, 32, experts, top_k, dtype=dtype))
 
 
+def check_no_expert(emulated, args, token):
+    """Of three experts: an index past them adds nothing, and `token` has no other; a negative one makes NaN of its
+    token alone."""
+    args[4].view(-1)[::2] += 3
+    args[4][token] = 2**40
+    y = check(emulated, *args)
+    assert not y[token].any()
+    args[4][1] = -1
+    again = emulated.expert_ffn(*args)
+    assert again[1].isnan().all()
+    again[1] = y[1]
+    assert torch.equal(again, y)
+    args[4].fill_(3)
+    assert not emulated.expert_ffn(*args).any()
+
+
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("tokens", [6, 20])
 def test_an_index_that_names_no_expert(emulated, tokens, top_k):
     """Past the experts it adds nothing; a negative one makes NaN of its token."""
     for dtype in (torch.bfloat16, torch.float32):
         args = make(tokens, 32, 32, 3, top_k, dtype=dtype)
-        args[4].view(-1)[::2] += 3
-        args[4][4] = 2**40
-        y = check(emulated, *args)
-        assert not y[4].any()
-        args[4][1] = -1
-        again = emulated.expert_ffn(*args)
-        assert again[1].isnan().all()
-        again[1] = y[1]
-        assert torch.equal(again, y)
-        args[4].fill_(3)
-        assert not emulated.expert_ffn(*args).any()
+        check_no_expert(emulated, args, 4)
 
 
 def test_rows_do_not_touch(emulated):
@@ -147,18 +153,7 @@ def test_one_launch_is_what_it_says(emulated):
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_one_launch_and_an_index_that_names_no_expert(emulated, top_k):
-    args = make(4, 128, 256, 3, top_k, dtype=torch.bfloat16)
-    args[4].view(-1)[::2] += 3
-    args[4][2] = 2**40
-    y = check(emulated, *args)
-    assert not y[2].any()
-    args[4][1] = -1
-    again = emulated.expert_ffn(*args)
-    assert again[1].isnan().all()
-    again[1] = y[1]
-    assert torch.equal(again, y)
-    args[4].fill_(3)
-    assert not emulated.expert_ffn(*args).any()
+    check_no_expert(emulated, make(4, 128, 256, 3, top_k, dtype=torch.bfloat16), 2)
 
 
 def spread(t):
@@ -178,12 +173,7 @@ def test_one_launch_reads_where_strides_say(emulated, what):
 
 def test_one_launch_under_every_schedule(emulated):
     args = make(2, 128, 256, 3, 4, dtype=torch.bfloat16)
-    results = []
-    for policy, seed in emulator.SCHEDULES:
-        emulated.schedule(policy, seed)
-        results.append(emulated.expert_ffn(*args))
-    emulated.schedule()
-    assert all(torch.equal(result, results[0]) for result in results)
+    same_bits_under_every_schedule(emulated, lambda: emulated.expert_ffn(*args))
 
 
 @pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
