@@ -41,5 +41,13 @@ def shifted(x):
     return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
 
 
+def cut(x):
+    """The values of x in rows that begin at 16 bytes, the last of which ends with its memory."""
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    stride = -(-columns // 16) * 16
+    where = x.new_zeros((rows - 1) * stride + columns)
+    return where.as_strided(x.shape, [*(s // columns * stride for s in x.stride()[:-1]), 1]).copy_(x)
+
+
 #: Rows that hold whole accesses of 16 bytes, which may still not be used.
 UNPACKED = [padded, spaced, shifted]

@@ -27,7 +27,7 @@ def weights_of(head: UnfoldingHead) -> dict:
 def head_args(
     pictures: int, guided: bool, dtype: torch.dtype = torch.float32, seed: int = 0, dim: int = 32, layers: int = 2,
     heads: int = 4, kv_heads: int = 2, head_dim: int = 8, hidden: int = 48, window: int = 4, vocab: int = 100,
-    biases: bool = False, persistent: bool = False, **sampling: float,
+    biases: bool = False, eps: float = 1e-5, persistent: bool = False, **sampling: float,
 ) -> tuple:  # fmt: skip
     """All arguments of torch.ops.synergen.unfold_head, with weights that make every part of the head matter."""
     count = [seed * 1000]
@@ -52,7 +52,7 @@ def head_args(
     return (
         draw((2 if guided else 1) * pictures, dim), draw(vocab, dim), draw(window, dim), stack, bias,
         draw(dim, std=0.3, mean=1), 1.5 * matrix(vocab, dim), torch.arange(pictures) + 7 * seed,
-        window * (torch.arange(pictures) + 3), *options, 1e-5, 1e4, heads, kv_heads, persistent,
+        window * (torch.arange(pictures) + 3), *options, eps, 1e4, heads, kv_heads, persistent,
     )  # fmt: skip
 
 

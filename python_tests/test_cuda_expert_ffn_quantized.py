@@ -3,7 +3,7 @@
 import emulator
 import pytest
 import torch
-from cuda_cases import UNPACKED, same_bits_under_every_schedule, spaced
+from cuda_cases import UNPACKED, cut, same_bits_under_every_schedule, spaced
 from test_cuda_expert_ffn_stream import launches, spread
 from test_expert_ffn import plain
 from test_expert_ffn_quantized import FORMATS, inputs
@@ -41,9 +41,11 @@ def sanitized():
             yield "expert_ffn_quantized", (*laid(lay, inputs(3, 64, 64, dtype=dtype, bits=4, groups=(32, 32))), None)
         yield "expert_ffn_quantized", (*inputs(3, 160, 96, dtype=dtype, bits=4, groups=(32, 32)), None)
         yield "expert_ffn_quantized", (*inputs(3, 64, 256, dtype=dtype, bits=8), None)  # whole rings
+    yield "expert_ffn_quantized", (*laid(cut, inputs(3, 40, 40, 1, dtype=torch.bfloat16, bits=8)), None)
     yield "expert_ffn_quantized", inputs(20, 64, 64, 2, 4, dtype=torch.bfloat16, bits=8)
-    yield "expert_ffn_quantized", (*inputs(3, 256, 256, dtype=torch.bfloat16, bits=8), None)  # one launch
-    for bits, hidden in ((8, 256), (4, 512)):
+    for bits, hidden in ((8, 256), (4, 512)):  # one launch; of one expert what is read last has nothing behind it
+        args = inputs(3, hidden, hidden, 1, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
+        yield "expert_ffn_quantized", (*args, None)
         yield "expert_ffn_quantized", inputs(2, hidden, hidden, 3, 2, dtype=torch.bfloat16, bits=bits, groups=(64, 128))
 
 

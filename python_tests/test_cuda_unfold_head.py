@@ -1,5 +1,6 @@
 """unfold_head by the emulator, in both its forms: see test_cuda_emulated.py."""
 
+import emulator
 import pytest
 import torch
 from head_cases import assert_drawn, head_args
@@ -57,12 +58,27 @@ def test_unfold_head_in_both_forms(emulated, name, dtype):
     assert torch.equal(check(emulated, a), check(emulated, b))
 
 
+@pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
+def test_unfold_head_has_no_races_where_warps_share_rows():
+    """Two warps to a tile, and more rows than one pass of tensor cores has."""
+    raced = emulator.load("race")
+    sizes = dict(dim=16, hidden=520, head_dim=8, vocab=19, layers=1, window=1)
+    for args in both(9, False, torch.bfloat16, **sizes):
+        raced.unfold_head(*args)
+
+
 @pytest.mark.parametrize("pictures,guided", [(1, False), (5, True), (13, False), (17, True), (33, True)])
 def test_unfold_head_rows(emulated, pictures, guided):
     """One tile of 8 rows, several, and more rows than pass at once."""
     for args in both(pictures, guided, torch.bfloat16, layers=1, window=2, guidance=1.5):
         check(emulated, args)
     for args in both(min(pictures, 9), guided, torch.float32, layers=1, window=2, guidance=1.5):
+        check(emulated, args)
+
+
+def test_unfold_head_eps(emulated):
+    """As large as what it is added to."""
+    for args in both(3, False, torch.float32, layers=1, eps=2.0):
         check(emulated, args)
 
 

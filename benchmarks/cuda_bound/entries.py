@@ -207,7 +207,7 @@ def unfold_head_graph(card: Card) -> list[Launch]:
 
     return [
         Launch("embed_kernel<bf16>", 8, 512, l2=1 << 15, others=NO_TURNS, waits=(0, 2), times=steps),
-        Launch("attend_kernel<bf16, true>", 2, 512, l2=1 << 18, others=1, waits=(0, 3), times=steps * layers),
+        Launch("attend_kernel<bf16, true>", 32, 32, l2=1 << 18, others=1, waits=(0, 3), times=steps * layers),
         *(linear(elements, steps * layers) for elements in HEAD.values()),
         linear(CLASSIFIER, steps),
         replace(sample_tokens(1, False)(card)[0], kernel="sample_tokens_kernel<float, 4>", dram=0, times=steps),
