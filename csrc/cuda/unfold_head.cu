@@ -21,7 +21,7 @@
 //              of which 4.4 us are not. 190 + 5 = 195 us, and 3 % where less than the whole GPU
 //              streams at a stage's end: 201 us, 1.06 x: 3.2 ms a patch
 //
-// From machine code, every barrier counted whole, `synergen bench --suite cuda-bound` says 1.36 x
+// From machine code, every barrier counted whole, `synergen bench --suite cuda-bound` says 1.34 x
 // and 1.17 x. So the single launch is worth having, and is the default once a GPU has measured
 // both.
 #include "cuda/angle.cuh"
