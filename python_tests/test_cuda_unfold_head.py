@@ -70,7 +70,7 @@ def test_unfold_head_has_no_races_where_warps_share_rows():
 @pytest.mark.parametrize("pictures,guided", [(1, False), (5, True), (13, False), (17, True), (33, True)])
 def test_unfold_head_rows(emulated, pictures, guided):
     """One tile of 8 rows, several, and more rows than pass at once, with more heads of them than warps of the grid."""
-    for args in both(pictures, guided, torch.bfloat16, layers=1, heads=6, window=2, guidance=1.5):
+    for args in both(pictures, guided, torch.bfloat16, layers=1, heads=8, window=2, guidance=1.5):
         check(emulated, args)
     for args in both(min(pictures, 9), guided, torch.float32, layers=1, window=2, guidance=1.5):
         check(emulated, args)

@@ -276,13 +276,13 @@ int64_t lay_out(Launch<T>& q, const UnfoldHeadParams& p, int64_t pictures, void*
   q.x = take(rows * p.dim * kA);
   q.scaled = take(rows * p.dim * kT);
   q.squares = take(rows * ceil_div(p.dim, 16) * kA);
+  q.turns = take(p.window * p.head_dim * kA);
   q.q = take(rows * queries * kA);
   q.keys = take(cache * kT);
   q.values = take(cache * kT);
   q.mixed = take(rows * queries * kT);
   q.inner = take(rows * p.hidden * kT);
   q.logits = take(rows * q.logits_step * kA);
-  q.turns = take(p.window * p.head_dim * kA);
   q.draws = static_cast<int64_t*>(take(p.window * pictures * 8));
   q.drawn = static_cast<int64_t*>(take(p.window * pictures * 8));
   q.drawn_valid = static_cast<bool*>(take(p.window * pictures));
