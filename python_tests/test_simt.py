@@ -262,7 +262,8 @@ def test_shuffles(emulator, rng, name, dtype, width):
 @pytest.mark.parametrize("mask", [0xFFFFFFFF, 0x0000FFFF, 0x80000001, 0x12345678])
 def test_votes(emulator, rng, mask):
     x = rng.integers(0, 6, 32).astype(np.uint32)
-    out = emulator.probe("vote", x, np.zeros((4, 32), np.uint32), mask=mask)
+    x[31] += 0xFFFFFFF0  # so that a sum goes round, and is not signed
+    out = emulator.probe("vote", x, np.zeros((6, 32), np.uint32), mask=mask)
     lanes = [i for i in range(32) if mask >> i & 1]
     even = [i for i in lanes if x[i] % 2 == 0]
     for lane in lanes:
@@ -270,6 +271,8 @@ def test_votes(emulator, rng, mask):
         assert out[1, lane] == (len(even) > 0)
         assert out[2, lane] == (even == lanes)
         assert out[3, lane] == sum(1 << i for i in lanes if x[i] == x[lane])
+        assert out[4, lane] == sum(map(int, x[lanes])) % 2**32
+        assert out[5, lane] == x[lanes].max()
 
 
 @pytest.mark.parametrize("n", [0, 1, 69, 70])

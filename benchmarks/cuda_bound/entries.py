@@ -270,11 +270,12 @@ def sample_tokens(rows: int, filtered: bool) -> Callable[[Card], list[Launch]]:
         more = turns - 1
         loops = {"LDG:1": 18 * (0.17 * turns + 0.35 * more)}
         if filtered:
-            # 2,048 and one bin of keys are 312 places of a tile on average: 5.6 of a thread's eight (0.7), and of 512 a
-            # mass each. The list is fetched by the first of five walks. Walks by places in the list do not run.
-            loops |= {"BAR:1": 2 * (0.34 * turns + 0.27 * more), "DFMA:1": 7 * turns, "DFMA:2": 0.0}
-            loops |= {"BAR:2": 3 * 0.86, "ATOMS:2": 0.0, "ATOMS:3": 8 * 0.7, "ATOMS:4": 0.0, "ATOMS:5": 8 * 0.25}
-            loops |= {"BAR:3": 3 * 0.91, "ATOMS:6": 0.0, "ATOMS:7": 24 * 0.53, "ATOMS:8": 0.0, "ATOMS:9": 8 * 0.34}
+            # 2,048 and one bin of keys are 260 places of a tile on average: 4.6 of a thread's eight (0.57), and a mass
+            # each for nine of sixteen warps. The list is fetched by the first of four walks. The end of top-k needs no
+            # digit (BAR:2 and ATOMS to 4): 26 tokens are in its bin. Walks by places in the list do not run.
+            loops |= {"BAR:1": 2 * (0.34 * turns + 0.27 * more), "DFMA:1": 7 * 0.56 * turns, "DFMA:2": 0.0}
+            loops |= {"BAR:2": 0.0, "ATOMS:2": 0.0, "ATOMS:3": 0.0, "ATOMS:4": 0.0, "ATOMS:5": 8 * 0.35}
+            loops |= {"BAR:3": 3 * 0.96, "ATOMS:6": 0.0, "ATOMS:7": 24 * 0.43, "ATOMS:8": 0.0, "ATOMS:9": 8 * 0.29}
             loops |= {"STG:4": 0.45}
         else:
             loops |= {"BAR:1": 0.0, "DFMA:1": 0.0, "DFMA:2": 56 * (0.56 * turns + 0.17 * more)}

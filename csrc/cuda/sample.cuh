@@ -2,10 +2,10 @@
 // sample_tokens.cu puts them together; a kernel that already has the whole grid can too.
 //
 //   scan   every part of the row, its own tiles: each warp's largest logit, and for top-k how many
-//          keys begin with each digit. A barrier over the row's parts.
+//          keys have each first digit. A barrier over the row's parts.
 //   weigh  every part, its own tiles: masses. Without filters a sum for each thread's eight tokens;
 //          with filters a list of what may survive, in the order of the ids. For top-k that is what
-//          begins with the digit of the k-th logit or a larger one: k tokens and part of one bin.
+//          has the first digit of the k-th logit or a larger one: k tokens and part of one bin.
 //          A barrier, or the last part to arrive goes on alone.
 //   draw   one block: the filters' exact ends, one histogram of the list for each unless logits are
 //          very alike, then what is in the bin of the end, put in order; and the draw, by one warp.
@@ -46,7 +46,7 @@ struct SampleTile {
 template <class Key>
 struct SampleScratch {
   SamplePart<Key>* parts;  // [parts, warps]
-  uint32_t* counts;        // [parts, bins] how many keys begin with a digit, falling
+  uint32_t* counts;        // [parts, bins] how many keys have a first digit, falling
   uint32_t* arrived;       // [1] parts that are done with their masses; zero after scan
   SampleTile* tiles;       // [tiles]
   Key* keys;               // [tiles, 4096] of the list
@@ -124,18 +124,16 @@ class RowSampler {
           most = keys_[e];
           first = static_cast<uint32_t>(first_token(tile) + e);
         }
-        if (counting && keys_[e] > least()) atomicAdd(&board_.members[first_digit(keys_[e])], 1u);
+        if (counting && keys_[e] > least())
+          atomicAdd(&board_.members[FirstDigit<Key>::of(keys_[e])], 1u);
       }
       tile += parts_;
       if (tile >= tiles_) break;
       hold(tile);
     }
     const Key own = most;
-    most = warp_join(most, [](Key a, Key b) { return a > b ? a : b; });
-    if (options_.temperature == 0) {
-      first = warp_join(own == most ? first : ~0u,
-                        [](uint32_t a, uint32_t b) { return a < b ? a : b; });
-    }
+    most = lanes_most(most);
+    if (options_.temperature == 0) first = lanes_least(own == most ? first : ~0u);
     if (lane() == 0) scratch_.parts[part_ * kSampleWarps + warp()] = {most, first};
     if (threadIdx.x == 0 && part_ == 0) *scratch_.arrived = 0;
     if (counting) {
@@ -154,7 +152,7 @@ class RowSampler {
       const Key other = scratch_.parts[i].most;
       most_ = other > most_ ? other : most_;
     }
-    most_ = warp_join(most_, [](Key a, Key b) { return a > b ? a : b; });
+    most_ = lanes_most(most_);
     answer_ = -1;
     if (most_ == least() || most_ >= key_of(infinity<A>())) return false;
     if (options_.temperature == 0) {
@@ -163,8 +161,7 @@ class RowSampler {
         const SamplePart<Key> other = scratch_.parts[i];
         if (other.most == most_ && other.first < first) first = other.first;
       }
-      answer_ =
-          static_cast<int>(warp_join(first, [](uint32_t a, uint32_t b) { return a < b ? a : b; }));
+      answer_ = static_cast<int>(lanes_least(first));
       return false;
     }
     floor_ = least() + 1;
@@ -188,8 +185,9 @@ class RowSampler {
       if (options_.top_p < 1) keep<true>();
       walk([&](int chunk, int begin, int end) {
         uint64_t own = 0;
-        for_chunk(begin, end, [&](int e, int) { own += masses_[e]; });
-        own = warp_sum(own);
+        for_chunk(begin, end,
+                  [&](int e, int place) { own += stays(keys_[e], place) ? masses_[e] : 0; });
+        own = lanes_sum(own);
         if (lane() == 0) sum_of(chunk) = own;
       });
       __syncthreads();
@@ -211,10 +209,6 @@ class RowSampler {
   SIMT_FN static int lane() { return static_cast<int>(threadIdx.x % 32); }
   SIMT_FN static int warp() { return static_cast<int>(threadIdx.x / 32); }
   SIMT_FN static Key least() { return key_of(-infinity<A>()); }
-  // Of falling keys the digits rise.
-  SIMT_FN static uint32_t first_digit(Key key) {
-    return static_cast<uint32_t>(~key >> (kKeyBits - kSampleDigit));
-  }
 
   // Of this thread, in a tile.
   SIMT_FN static int64_t first_token(int tile) {
@@ -249,10 +243,12 @@ class RowSampler {
     });
     if (!cut_short) return;
     filtered_ = true;
-    const Key bin = static_cast<Key>(~static_cast<Key>(board_.chosen) << (kKeyBits - kSampleDigit));
+    const Key bin = FirstDigit<Key>::least(board_.chosen);
     floor_ = bin > floor_ ? bin : floor_;
     const uint64_t left = k - board_.before;
     left_ = left < board_.inside ? static_cast<uint32_t>(left) : 0;
+    bin_ = board_.chosen;
+    in_bin_ = board_.chosen_members;
   }
 
   // mass = exp((l - max) / T) * 2^bits, rounded to an integer by adding 2^52; 0 for -infinity.
@@ -296,7 +292,7 @@ class RowSampler {
     }
     const int chunk = tile * kSampleWarps + warp();
     scratch_.mass[chunk * kSampleChunk + lane()] = own;
-    own = warp_sum(own);
+    own = lanes_sum(own);
     if (lane() == 0) sum_of(chunk) = own;
   }
 
@@ -367,8 +363,7 @@ class RowSampler {
     held_ = begin;
   }
 
-  // visit(e, place) for this thread's places of a chunk that stay: keys_[e] and masses_[e] are
-  // theirs.
+  // visit(e, place) for this thread's places of a chunk: keys_[e] and masses_[e] are theirs.
   template <class Visit>
   SIMT_FN void for_chunk(int begin, int end, const Visit& visit) {
 #pragma unroll 1
@@ -379,8 +374,7 @@ class RowSampler {
 #pragma unroll
       for (int e = 0; e < kAtOnce; ++e) {
         if (begin + e * 32 >= end) break;
-        const int place = begin + e * 32 + lane();
-        if (stays(keys_[e], place)) visit(e, place);
+        visit(e, begin + e * 32 + lane());
       }
     }
   }
@@ -402,22 +396,45 @@ class RowSampler {
     return place < end && stays(scratch_.keys[place], place) ? scratch_.mass[place] : 0;
   }
 
-  // visit(e, place, digit) for what stays and has a digit.
-  template <class Visit>
+  // visit(e, place, digit) for what stays and has a digit. By mass nothing is above the range at
+  // first, and later what is goes round to a distance without a digit.
+  template <bool kByMass, class Visit>
   SIMT_FN void walk_digits(const Range& range, const Visit& visit) {
     walk([&](int, int begin, int end) {
       if (range.places) {
         for_chunk(begin, end, [&](int e, int place) {
           const int digit = (place - range.first) >> range.shift;
-          if (keys_[e] == range.top && place >= range.first && digit < kEndBins) {
+          if (keys_[e] == range.top && place >= range.first && digit < kEndBins &&
+              stays(keys_[e], place)) {
             visit(e, place, static_cast<uint32_t>(digit));
           }
         });
       } else {
         for_chunk(begin, end, [&](int e, int place) {
           const Key digit = static_cast<Key>(range.top - keys_[e]) >> range.shift;
-          if (keys_[e] <= range.top && digit < kEndBins) {
+          if (digit < kEndBins && (kByMass || keys_[e] <= range.top) && stays(keys_[e], place)) {
             visit(e, place, static_cast<uint32_t>(digit));
+          }
+        });
+      }
+    });
+  }
+
+  // visit(e, place) for what stays of the first distances of a range, up to `last`.
+  template <class Visit>
+  SIMT_FN void walk_first(const Range& range, Key last, const Visit& visit) {
+    walk([&](int, int begin, int end) {
+      if (range.places) {
+        for_chunk(begin, end, [&](int e, int place) {
+          const bool inside = place >= range.first && static_cast<Key>(place - range.first) <= last;
+          if (inside && keys_[e] == range.top && stays(keys_[e], place)) {
+            visit(e, place);
+          }
+        });
+      } else {
+        for_chunk(begin, end, [&](int e, int place) {
+          if (static_cast<Key>(range.top - keys_[e]) <= last && stays(keys_[e], place)) {
+            visit(e, place);
           }
         });
       }
@@ -430,10 +447,22 @@ class RowSampler {
   // target needs.
   template <bool kByMass>
   SIMT_FN void keep() {
-    constexpr int kDigitBits = kKeyBits - kSampleDigit;
-    Range range{kByMass ? most_ : floor_ | ((Key{1} << kDigitBits) - 1), 0, 0, false};
-    int unknown = bit_width(static_cast<Key>(range.top - floor_));
+    Range range{most_, 0, 0, false};
     uint64_t target = kByMass ? 0 : left_;  // 0: not computed yet
+    if (!kByMass && bin_ > 0) range.top = FirstDigit<Key>::least(bin_ - 1) - 1;
+    Key last = range.top - floor_;
+    int members = static_cast<int>(in_bin_);
+    if (kByMass || in_bin_ > kSampleRanked) {
+      if (!narrow<kByMass>(range, last, members, target)) return;
+    }
+    rank<kByMass>(range, last, members, target);
+  }
+
+  // Looks at a digit after the other, until few tokens are left of the range, up to `last` from its
+  // top, or its end is the list's, when there is nothing more to do: false.
+  template <bool kByMass>
+  SIMT_FN bool narrow(Range& range, Key& last, int& members, uint64_t& target) {
+    int unknown = bit_width(last);
     const auto goal = [&](uint64_t total) {
       if (kByMass && target == 0) {
         // Not above the total: the largest share below 1 takes a whole step of double away.
@@ -446,21 +475,23 @@ class RowSampler {
       range.shift = unknown < kEndDigit ? 0 : unknown - kEndDigit;
       weigh_digits<kByMass>(range, goal);
       target -= board_.before;
-      if (target < board_.inside && board_.chosen_members <= kSampleRanked) {
-        return rank<kByMass>(range, target);
-      }
       const Key begin = static_cast<Key>(board_.chosen) << range.shift;
-      const Key rest = (Key{1} << range.shift) - 1;
+      last = (Key{1} << range.shift) - 1;
+      members = static_cast<int>(board_.chosen_members);
       if (range.places) {
         range.first += static_cast<int>(begin);
       } else {
         range.top -= begin;
       }
       if (target == board_.inside) {  // all of the bin stays
-        if (range.places) return end_at(range.top, range.first + static_cast<int>(rest));
-        if (rest < range.top - floor_) end_at(range.top - rest, kAllPlaces);
-        return;
+        if (range.places) {
+          end_at(range.top, range.first + static_cast<int>(last));
+        } else if (last < range.top - floor_) {
+          end_at(range.top - last, kAllPlaces);
+        }
+        return false;
       }
+      if (members <= kSampleRanked) return true;
       unknown = range.shift;
       if (unknown == 0) {  // one logit, of many tokens
         range.places = true;
@@ -472,7 +503,7 @@ class RowSampler {
   // Adds up weights, ones or masses, by digit, and picks the bin in which they reach the goal.
   template <bool kByMass, class Goal>
   SIMT_FN void weigh_digits(const Range& range, const Goal& goal) {
-    walk_digits(range, [&](int e, int, uint32_t digit) {
+    walk_digits<kByMass>(range, [&](int e, int, uint32_t digit) {
       atomicAdd(&board_.members[digit], 1u);
       if constexpr (kByMass) {
         const uint32_t low = static_cast<uint32_t>(masses_[e]);
@@ -492,14 +523,11 @@ class RowSampler {
     }
   }
 
-  // Ends the list within the chosen bin, which has few tokens: four threads to each add up what
-  // comes before it.
+  // Ends the list within the first distances of a range, which have few tokens: four threads to
+  // each add up what comes before it.
   template <bool kByMass>
-  SIMT_FN void rank(const Range& range, uint64_t target) {
-    const uint32_t chosen = board_.chosen;
-    const int members = static_cast<int>(board_.chosen_members);
-    walk_digits(range, [&](int e, int place, uint32_t digit) {
-      if (digit != chosen) return;
+  SIMT_FN void rank(const Range& range, Key last, int members, uint64_t target) {
+    walk_first(range, last, [&](int e, int place) {
       const uint32_t at = atomicAdd(&board_.ranked, 1u);
       board_.ranked_key[at] = keys_[e];
       board_.ranked_place[at] = static_cast<uint32_t>(place);
@@ -547,7 +575,7 @@ class RowSampler {
     for (int j = lane() * each; j < (lane() + 1) * each; ++j) {
       own += j < chunks ? sum_of(j) : 0;
     }
-    const uint64_t total = warp_sum(own), u = 2 * uint64_t{options_.word} + 1;
+    const uint64_t total = lanes_sum(own), u = 2 * uint64_t{options_.word} + 1;
     uint64_t rest = __umul64hi(u, total) << 31 | u * total >> 33;
     int chunk = find(own, rest) * each;
     for (uint64_t mass; rest >= (mass = sum_of(chunk)); ++chunk) rest -= mass;
@@ -591,8 +619,9 @@ class RowSampler {
   Key most_ = 0;
   Key floor_ = 0;  // keys below it are out; of those equal to it, places after last_place_
   int last_place_ = kAllPlaces;
-  bool filtered_ = false;  // there is a list
-  uint32_t left_ = 0;      // so many tokens with floor_'s digit stay, if not all
+  bool filtered_ = false;          // there is a list
+  uint32_t left_ = 0;              // so many tokens with floor_'s digit stay, if not all
+  uint32_t bin_ = 0, in_bin_ = 0;  // that digit, and how many tokens have it
   int answer_ = -1;
 };
 

@@ -8,8 +8,7 @@ namespace synergen::cuda {
 
 constexpr int kSampleThreads = 512;
 constexpr int kSampleWarps = kSampleThreads / 32;
-// The first digit of a key, four bins a thread. Of a float's that is the sign, the exponent and 2
-// bits of the mantissa: about 20 bins hold all of a bell curve.
+// The first digit of a key, four bins a thread: see FirstDigit.
 constexpr int kSampleDigit = 11;
 constexpr int kSampleBins = 1 << kSampleDigit;
 constexpr int kBinsEach = kSampleBins / kSampleThreads;
@@ -62,42 +61,57 @@ SIMT_FN Word warp_scan(Word x) {
   return x;
 }
 
-// join(words of all lanes) in every lane; join must not care for order.
-template <class Word, class Join>
-SIMT_FN Word warp_join(Word x, const Join& join) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = join(x, __shfl_xor_sync(0xffffffffu, x, distance));
-  }
-  return x;
+// The sum over all lanes, in every lane: one instruction for 32 bits, three for 64.
+SIMT_FN uint32_t lanes_sum(uint32_t x) { return __reduce_add_sync(0xffffffffu, x); }
+SIMT_FN uint64_t lanes_sum(uint64_t x) {
+  constexpr int kBits = 22;
+  constexpr uint32_t kLow = (1u << kBits) - 1;
+  const uint64_t low = lanes_sum(static_cast<uint32_t>(x) & kLow);
+  const uint64_t middle = lanes_sum(static_cast<uint32_t>(x >> kBits) & kLow);
+  const uint64_t high = lanes_sum(static_cast<uint32_t>(x >> 2 * kBits));
+  return low + (middle << kBits) + (high << 2 * kBits);
+}
+SIMT_FN uint32_t lanes_most(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
+SIMT_FN uint64_t lanes_most(uint64_t x) {
+  const uint32_t high = lanes_most(static_cast<uint32_t>(x >> 32));
+  const bool has = x >> 32 == high;
+  return uint64_t{high} << 32 | lanes_most(has ? static_cast<uint32_t>(x) : 0);
+}
+SIMT_FN uint32_t lanes_least(uint32_t x) { return ~lanes_most(~x); }
+
+// The sum over the warps before this one of what each of a warp's lanes has in `warps`, and over
+// all of them. The caller has a barrier of its own to come, before the words are written again.
+template <class Word>
+SIMT_FN Word warps_before(Word warps, SampleBoard& board, Word& total) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  if (lane == 31) board.words[warp] = warps;
+  __syncthreads();
+  const Word words = lane < kSampleWarps ? static_cast<Word>(board.words[lane]) : Word{0};
+  total = lanes_sum(words);
+  return lanes_sum(lane < warp ? words : Word{0});
 }
 
-// The sum over the threads before this one; `total` over all of them. The caller has a barrier of
-// its own to come, before the words are written again.
+// The sum over the threads before this one; `total` over all of them.
 template <class Word>
 SIMT_FN Word block_scan(Word own, SampleBoard& board, Word& total) {
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const Word sum = warp_scan(own);
-  if (lane == 31) board.words[warp] = sum;
-  __syncthreads();
-  const Word warps =
-      warp_scan(lane < kSampleWarps ? static_cast<Word>(board.words[lane]) : Word{0});
-  total = __shfl_sync(0xffffffffu, warps, 31);
-  const Word before = __shfl_sync(0xffffffffu, warps, warp > 0 ? warp - 1 : 0);
-  return sum - own + (warp > 0 ? before : 0);
+  const Word sum = warp_scan(own);  // of lane 31, the warp's
+  return warps_before(sum, board, total) + sum - own;
 }
 
 // The bin in which the running weight reaches goal(total): its number, its members, their weight
-// and the weight before it are on the board. Thread t has the N bins from N t on.
+// and the weight before it are on the board. Thread t has the N bins from N t on. One warp looks
+// for it, the others know that it is not theirs.
 template <int N, class Word, class Goal>
 SIMT_FN void pick_bin(const uint32_t (&members)[N], const Word (&weights)[N], SampleBoard& board,
                       const Goal& goal) {
   Word own = 0, total;
 #pragma unroll
   for (int b = 0; b < N; ++b) own += weights[b];
-  Word before = block_scan(own, board, total);
+  const Word all = lanes_sum(own);
+  Word before = warps_before(all, board, total);
   const Word target = static_cast<Word>(goal(total));
-  if (before < target && target <= before + own) {
+  if (before < target && target <= before + all) {
+    before += warp_scan(own) - own;
 #pragma unroll
     for (int b = 0; b < N; ++b) {
       if (before < target && target <= before + weights[b]) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/access.cuh"
 
@@ -38,6 +39,35 @@ SIMT_FN int bit_width(uint32_t x) { return 32 - __clz(static_cast<int>(x)); }
 SIMT_FN int bit_width(uint64_t x) { return 64 - __clzll(static_cast<int64_t>(x)); }
 template <class A>
 using KeyOf = decltype(key_of(A{}));
+
+// The first digit of a key, rising as keys fall: 128 to each octave of 1/4 <= |logit| < 64 and
+// sign; what is nearer to 0, or further away, has the digit of the end. Of 32,768 logits on a bell
+// curve 30 have that of the 2,048th, few enough to be put in order, where a float's leading 11 bits
+// hold 500.
+template <class Key>
+struct FirstDigit {
+  static constexpr int kSignBit = 8 * static_cast<int>(sizeof(Key)) - 1;
+  static constexpr int kMantissa = sizeof(Key) == 4 ? 23 : 52, kShift = kMantissa - 7;
+  static constexpr int kEach = 1024;  // digits of a sign
+  static constexpr Key kSign = Key{1} << kSignBit;
+  static constexpr Key kFrom = static_cast<Key>((sizeof(Key) == 4 ? 127 : 1023) - 2) << kMantissa;
+
+  SIMT_FN static uint32_t of(Key key) {
+    using Signed = std::make_signed_t<Key>;
+    const Signed x = static_cast<Signed>(key ^ kSign);
+    const Signed negative = x >> kSignBit;  // -1 or 0
+    const Signed above = ((x ^ negative) - static_cast<Signed>(kFrom)) >> kShift;
+    const int bin = static_cast<int>(above < 0 ? 0 : above < kEach ? above : kEach - 1);
+    return static_cast<uint32_t>(kEach - 1 - (bin ^ static_cast<int>(negative)));
+  }
+
+  // The least key that has it.
+  SIMT_FN static Key least(uint32_t digit) {
+    const int bin = static_cast<int>(digit) - kEach;
+    if (bin < 0) return kSign | (bin < -1 ? kFrom + (static_cast<Key>(-1 - bin) << kShift) : 0);
+    return bin < kEach - 1 ? ~(kSign | (kFrom + (static_cast<Key>(bin + 1) << kShift) - 1)) : 0;
+  }
+};
 
 template <class A>
 SIMT_FN A infinity() {

@@ -55,6 +55,9 @@ unsigned __match_any_sync(unsigned mask, T value, SIMT_HERE) {
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value, SIMT_HERE) {
   return synergen::simt::reduce_add(mask, value, where);
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIMT_HERE) {
+  return synergen::simt::reduce_max(mask, value, where);
+}
 inline int __reduce_add_sync(unsigned mask, int value, SIMT_HERE) {
   return static_cast<int>(synergen::simt::reduce_add(mask, static_cast<unsigned>(value), where));
 }

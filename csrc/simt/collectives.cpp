@@ -132,6 +132,16 @@ void add_body(Operand* const* lanes) {
   }
 }
 
+void most_body(Operand* const* lanes) {
+  uint64_t most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lanes[lane] != nullptr) most = std::max(most, lanes[lane]->value);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lanes[lane] != nullptr) lanes[lane]->result = most;
+  }
+}
+
 void no_body(Operand* const*) {}
 
 // ---- Barriers
@@ -279,6 +289,13 @@ unsigned reduce_add(unsigned mask, unsigned value, Where where) {
   Operand operand;
   operand.value = value;
   warp_op("reduce", mask, operand, add_body, where);
+  return static_cast<unsigned>(operand.result);
+}
+
+unsigned reduce_max(unsigned mask, unsigned value, Where where) {
+  Operand operand;
+  operand.value = value;
+  warp_op("reduce", mask, operand, most_body, where);
   return static_cast<unsigned>(operand.result);
 }
 

@@ -89,6 +89,7 @@ uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int operand, int w
 unsigned ballot(unsigned mask, bool predicate, Where where);
 unsigned match_any(unsigned mask, uint64_t value, Where where);
 unsigned reduce_add(unsigned mask, unsigned value, Where where);
+unsigned reduce_max(unsigned mask, unsigned value, Where where);
 template <class T>
 T atomic_update(Atomic op, T* p, T value, T expected, Order order, Where where);
 void fence();

@@ -54,6 +54,8 @@ __global__ void vote_kernel(ProbeParams p) {
   out[32] = static_cast<unsigned>(__any_sync(p.mask, value % 2 == 0));
   out[64] = static_cast<unsigned>(__all_sync(p.mask, value % 2 == 0));
   out[96] = __match_any_sync(p.mask, value);
+  out[128] = __reduce_add_sync(p.mask, value);
+  out[160] = __reduce_max_sync(p.mask, value);
 }
 
 // `n` threads have a true predicate. out[block vote][thread]
