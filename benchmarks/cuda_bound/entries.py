@@ -266,17 +266,18 @@ def sample_tokens(rows: int, filtered: bool) -> Callable[[Card], list[Launch]]:
         # run at this size in the emulator (gcov), and which instructions of sm_90 are theirs (nvcc -lineinfo), without
         # the ways of a warp that diverges at a shuffle (BRA.DIV): no schedule lets one. What runs in few warps, as what
         # is done with a bin's few tokens, has the share of warps that hold one. Packed reads of logits and the first
-        # tile's read outside of the loops leave 0.17 of scan's loop; each further tile adds its read.
+        # tile's read outside of the loops leave 0.07 of scan's loop, 0.26 where it counts digits; each further tile adds
+        # its read.
         more = turns - 1
-        loops = {"LDG:1": 18 * (0.17 * turns + 0.35 * more)}
+        loops = {"LDG:1": 18 * ((0.25 if filtered else 0.07) * turns + 0.35 * more)}
         if filtered:
             # 2,048 and one bin of keys are 260 places of a tile on average: 4.6 of a thread's eight (0.57), and a mass
             # each for nine of sixteen warps. The list is fetched by the first of four walks. The end of top-k needs no
             # digit (BAR:2 and ATOMS to 4): 26 tokens are in its bin. Walks by places in the list do not run.
-            loops |= {"BAR:1": 2 * (0.34 * turns + 0.27 * more), "DFMA:1": 7 * 0.56 * turns, "DFMA:2": 0.0}
+            loops |= {"BAR:1": 2 * (0.31 * turns + 0.27 * more), "DFMA:1": 7 * 0.56 * turns, "DFMA:2": 0.0}
             loops |= {"BAR:2": 0.0, "ATOMS:2": 0.0, "ATOMS:3": 0.0, "ATOMS:4": 0.0, "ATOMS:5": 8 * 0.35}
-            loops |= {"BAR:3": 3 * 0.96, "ATOMS:6": 0.0, "ATOMS:7": 24 * 0.43, "ATOMS:8": 0.0, "ATOMS:9": 8 * 0.29}
-            loops |= {"STG:4": 0.45}
+            loops |= {"BAR:3": 3 * 0.70, "ATOMS:6": 0.0, "ATOMS:7": 24 * 0.43, "ATOMS:8": 0.0, "ATOMS:9": 8 * 0.29}
+            loops |= {"STG:4": 0.64}
         else:
             loops |= {"BAR:1": 0.0, "DFMA:1": 0.0, "DFMA:2": 56 * (0.56 * turns + 0.17 * more)}
             loops |= {"BAR:2": 0.0, "BAR:3": 0.0, "STG:4": 0.0} | {f"ATOMS:{i}": 0.0 for i in range(2, 10)}
@@ -285,7 +286,7 @@ def sample_tokens(rows: int, filtered: bool) -> Callable[[Card], list[Launch]]:
         l2 = 11 if filtered else 6
         return [
             Launch("sample_tokens_kernel<bf16, 8>", rows * parts, 512, dram=logits, l2=2 * logits,
-                   per_warp=loops, straight=0.57 if filtered else 0.40, alone=0.21 if filtered else 0.18,
+                   per_warp=loops, straight=0.555 if filtered else 0.385, alone=0.24 if filtered else 0.20,
                    others=0.4 if filtered else 0.05, waits=(1, l2 + turns - 1),
                    barriers=1 if parts > 1 else 0),
         ]  # fmt: skip

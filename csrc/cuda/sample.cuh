@@ -7,8 +7,9 @@
 //          with filters a list of what may survive, in the order of the ids. For top-k that is what
 //          has the first digit of the k-th logit or a larger one: k tokens and part of one bin.
 //          A barrier, or the last part to arrive goes on alone.
-//   draw   one block: the filters' exact ends, one histogram of the list for each unless logits are
-//          very alike, then what is in the bin of the end, put in order; and the draw, by one warp.
+//   draw   one block: the filters' exact ends, that of top-k among the tokens of its first digit,
+//          that of top-p by one histogram of the list unless logits are very alike, then what is in
+//          the bin of the end, put in order; and the draw, by one warp.
 //
 // Logits are read once from memory: by scan into registers, and again by weigh where a part has
 // several tiles, when the first-level cache holds them: a tile is 8 to 64 KB.
@@ -586,9 +587,12 @@ class RowSampler {
       begin = tile * kSampleTile + chunk % kSampleWarps * 32 * places;
       end = tile * kSampleTile + filled;
       own = 0;
+      const int first = begin + lane() * places;
+      const Key* keys = scratch_.keys + first;
+      const uint64_t* masses = scratch_.mass + first;
 #pragma unroll
       for (int j = 0; j < kSampleEach; ++j) {
-        if (j < places) own += mass_left(begin + lane() * places + j, end);
+        if (j < places && first + j < end && stays(keys[j], first + j)) own += masses[j];
       }
     } else {
       own = scratch_.mass[begin + lane()];

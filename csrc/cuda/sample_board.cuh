@@ -22,11 +22,17 @@ constexpr int kSampleRanked = kSampleThreads / 4;
 
 // Of a row.
 struct SampleOptions {
-  double temperature, top_p;
+  double temperature, top_p;  // a temperature below 0: options that cannot be meant
   int64_t top_k;
   uint32_t word;  // the row's random number
   int bits;       // mass_bits of the vocabulary
 };
+
+SIMT_FN double meant_temperature(double guidance, double temperature, double top_p, int64_t top_k) {
+  const bool meant = guidance - guidance == 0.0 && temperature - temperature == 0.0 &&
+                     temperature >= 0 && top_k >= 0 && top_p >= 0 && top_p <= 1;
+  return meant ? temperature : -1.0;
+}
 
 struct SampleBoard {
   // Zero, but between the counting of digits and pick_bin.

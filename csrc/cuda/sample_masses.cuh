@@ -19,13 +19,12 @@ constexpr int kSampleEach = 8;
 
 // -0 and 0 are one. The largest key of all is kept for what has no place in the order.
 SIMT_FN uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f), sign = 1u << 31;
-  return bits & sign ? ~bits : bits | sign;
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 1u << 31);
 }
 SIMT_FN uint64_t key_of(double x) {
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
-  const uint64_t sign = uint64_t{1} << 63;
-  return bits & sign ? ~bits : bits | sign;
+  const int64_t bits = __double_as_longlong(x + 0.0);
+  return static_cast<uint64_t>(bits ^ (bits >> 63 | INT64_MIN));
 }
 SIMT_FN float logit_of(uint32_t key) {
   const uint32_t sign = 1u << 31;
@@ -92,8 +91,19 @@ struct RowLogits {
     A c[kSampleEach], u[kSampleEach];
     read(logits, stride, i, c);
     if (uncond) read(uncond, uncond_stride, i, u);
+    // Sums that are neither -infinity nor NaN have no such term.
+    const bool one_side = uncond == nullptr || scale == A(1);
+    bool usual = true;
 #pragma unroll
-    for (int e = 0; e < kSampleEach; ++e) out[e] = guided(c[e], uncond ? u[e] : c[e]);
+    for (int e = 0; e < kSampleEach; ++e) {
+      if (uncond == nullptr) u[e] = c[e];
+      const A mixed = one_side ? c[e] : mix(c[e], u[e], scale);
+      usual = usual && c[e] + u[e] > -infinity<A>() && mixed == mixed;
+      out[e] = key_of(mixed);
+    }
+    if (usual) return;
+#pragma unroll
+    for (int e = 0; e < kSampleEach; ++e) out[e] = guided(c[e], u[e]);
   }
   SIMT_FN KeyOf<A> key(int64_t i) const {
     const A c = simt::widen(logits[i * stride]);

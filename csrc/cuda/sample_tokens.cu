@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
     sample_tokens_kernel(SampleLaunch<KeyOf<Acc<T>>> launch) {
   SIMT_SHARED(SampleBoard, board, [1]);
   const SampleTokensParams& p = launch.p;
-  const int64_t r = blockIdx.x / launch.parts;
-  const int part = static_cast<int>(blockIdx.x % launch.parts);
+  const int64_t r = blockIdx.x;
+  const int part = static_cast<int>(blockIdx.y);
   // All of a row is asked for before anything is waited for: options and logits are one way to
   // memory and back, 0.7 us.
   const double guidance = p.guidance.at(r, 1.0);
@@ -44,9 +44,10 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
                                static_cast<Acc<T>>(guidance)};
   const SampleScratch<KeyOf<Acc<T>>> scratch = launch.scratch.row(r, launch.tiles);
   RowSampler<RowLogits<T, N>> row(logits, scratch, part, static_cast<int>(launch.parts), board[0]);
-  const SampleOptions& options = board[0].options;
   if (threadIdx.x == 0) {
     board[0].options = asked;
+    board[0].options.temperature =
+        meant_temperature(guidance, asked.temperature, asked.top_p, asked.top_k);
     board[0].options.word =
         philox_word(static_cast<uint64_t>(seed), static_cast<uint64_t>(position));
   }
@@ -56,12 +57,9 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   } else {
     __syncthreads();
   }
-  const bool meant = guidance - guidance == 0.0 &&
-                     options.temperature - options.temperature == 0.0 && options.temperature >= 0 &&
-                     options.top_k >= 0 && options.top_p >= 0 && options.top_p <= 1;
   int64_t id = -1;
   bool writes = part == 0;
-  if (meant) {
+  if (board[0].options.temperature >= 0) {
     if (row.weigh()) {
       writes = last_to_arrive(scratch.arrived, launch.parts, board[0]);
       if (writes) id = row.draw();
@@ -88,8 +86,9 @@ void sample(const SampleTokensParams& p, void* stream) {
     // No more blocks than shorten the longest part.
     const int64_t most = blocks / p.rows < launch.tiles ? blocks / p.rows : launch.tiles;
     launch.parts = static_cast<unsigned>(ceil_div(launch.tiles, ceil_div(launch.tiles, most)));
-    simt::launch_cooperative(op, kernel, blocks_for(op, p.rows * launch.parts, 1), threads, 0,
-                             stream, launch);
+    dim3 grid = blocks_for(op, p.rows, 1);
+    grid.y = launch.parts;
+    simt::launch_cooperative(op, kernel, grid, threads, 0, stream, launch);
   } else {
     simt::launch(op, kernel, blocks_for(op, p.rows, 1), threads, 0, stream, launch);
   }

@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads, 1) embed_kernel(const __grid_constan
     embed<T>(p, p.step, id_before<T>(p, item / groups), item / groups, item % groups);
 }
 
-// A warp to a block: 32 heads on 32 multiprocessors wait for memory alone, 1.3 us, where 16 warps on
-// one want 2.0 of its issue slots (static bound).
+// A warp to a block: 32 heads on 32 multiprocessors wait for memory alone, 1.3 us, where 16 warps
+// on one want 2.0 of its issue slots (static bound).
 template <class T, bool kPacked>
 __global__ void __launch_bounds__(32) attend_kernel(const __grid_constant__ Launch<T> p) {
   attend<T, kPacked>(p, p.at_layer, p.step, static_cast<int>(blockIdx.x),
@@ -128,12 +128,11 @@ SIMT_FN void draw_ids(const Launch<T>& p, int step, SampleBoard& board) {
     const bool there = n < p.pictures;
     const int picture = there ? n : 0;
     const double guidance = p.guidance.at(picture, 1.0);
-    const SampleOptions& options = board.options;
     if (threadIdx.x == 0) {
-      // Guidance that cannot be meant is a temperature that cannot.
+      const double top_p = p.top_p.at(picture, 1.0);
+      const int64_t top_k = p.top_k.at(picture, int64_t{0});
       board.options = {
-          guidance - guidance == 0.0 ? p.temperature.at(picture, 1.0) : -1.0,
-          p.top_p.at(picture, 1.0), p.top_k.at(picture, int64_t{0}),
+          meant_temperature(guidance, p.temperature.at(picture, 1.0), top_p, top_k), top_p, top_k,
           philox_word(static_cast<uint64_t>(p.seed.at(picture, int64_t{0})),
                       static_cast<uint64_t>(p.draws[int64_t{step} * p.pictures + picture])),
           p.mass_bits};
@@ -149,12 +148,9 @@ SIMT_FN void draw_ids(const Launch<T>& p, int step, SampleBoard& board) {
     } else {
       __syncthreads();
     }
-    const bool meant = options.temperature - options.temperature == 0.0 &&
-                       options.temperature >= 0 && options.top_k >= 0 && options.top_p >= 0 &&
-                       options.top_p <= 1;
     int64_t id = -1;
     bool writes = there && part == 0;
-    if (there && meant) {
+    if (there && board.options.temperature >= 0) {
       if (row.weigh()) {
         writes = last_to_arrive(scratch.arrived, static_cast<uint32_t>(parts), board);
         if (writes) id = row.draw();
@@ -343,8 +339,8 @@ void run_in_stages(const UnfoldHeadParams& p, Launch<T> q, void* stream) {
       q.layer[0] = p.layer[l];
       q.at_layer = l;
       linear(kQkv, nullptr);
-      simt::launch(kOp, attend_kernel<T, kPacked>,
-                   blocks_for(kOp, int64_t{q.rows} * q.heads, 1), dim3(32), 0, stream, q);
+      simt::launch(kOp, attend_kernel<T, kPacked>, blocks_for(kOp, int64_t{q.rows} * q.heads, 1),
+                   dim3(32), 0, stream, q);
       linear(kOut, p.layer[l].ffn_norm);
       linear(kHidden, nullptr);
       linear(kDown, l + 1 < q.layers ? p.layer[l + 1].attention_norm : p.norm);
