@@ -111,7 +111,7 @@ def test_sample_tokens_filters_that_end_in_the_same_logit(emulated, dtype):
     for vocab, k in ((700, 300), (9001, 5000)):
         logits = torch.zeros(1, vocab, dtype=dtype).expand(24, -1)
         seeds, position = torch.arange(24), torch.tensor(5)
-        for p in (0.0, 0.3, 0.999999, 1.0):
+        for p in (0.0, 0.3, 0.999999, 1 - 2**-53, 1.0):
             share = torch.tensor(p, dtype=torch.float64)
             ids, _ = check_same_ids(emulated, logits, seeds, position, None, None, None, torch.tensor(k), share)
             assert ids.max() < max(k * p, 1) and (p < 0.3 or ids.max() > k * p * 0.7)
@@ -150,6 +150,46 @@ def test_sample_tokens_far_below_the_largest(emulated):
             args = list(sample_args(6, 5000, dtype, seed=k, temperature=30.0, top_k=k, top_p=0.9999))
             args[0] = logits.to(dtype)
             check_same_ids(emulated, *args)
+
+
+@pytest.mark.parametrize("vocab", [1500, 4000])
+@pytest.mark.parametrize("between", [(60, 66), (-66, -60), (0.2, 0.3), (-0.3, 0.3)], ids=str)
+def test_sample_tokens_top_k_ends_in_any_first_digit(emulated, between, vocab):
+    """A quarter is the least size that first digits tell apart, and 64 the first that they do not; a digit has few
+    tokens, which are compared, or more."""
+    dtypes = (torch.float32, torch.float64)
+    logits = torch.linspace(*between, vocab, dtype=torch.float64)[torch.arange(vocab) * 7 % vocab]
+    for k, dtype in itertools.product(range(1, vocab, vocab // 11), dtypes):
+        args = sample_args(2, vocab, dtype, seed=k, temperature=between[1] - between[0], top_k=k, top_p=0.999)
+        check_same_ids(emulated, logits.to(dtype).expand(2, -1), *args[1:])
+
+
+def test_sample_tokens_of_all_sizes_there_are(emulated):
+    """Keys as far apart as can be: differences of them go round, and the end of a range lies before the first key."""
+    signs = normal(4, 3000, dtype=torch.float64, seed=1)
+    args = sample_args(4, 3000, torch.float64, temperature=1e300, top_p=1 - 2**-53)
+    check_same_ids(emulated, signs.sign() * 1e300 * signs.abs().clamp(max=1), *args[1:])
+    logits = -(10 ** (36 * normal(4, 3000, seed=2).sigmoid() + 2))
+    logits[:, ::20] = 3e37
+    for k in (1, 151, 600, 1500):
+        args = sample_args(4, 3000, seed=k, temperature=1e37, top_k=k)
+        check_same_ids(emulated, logits, *args[1:])
+
+
+def test_sample_tokens_guidance_of_one_is_the_conditional_alone(emulated):
+    """Whatever the other side has: mixed, 1e30 would leave nothing of a logit."""
+    logits = normal(8, 300)
+    logits[:, 5::16] = -torch.inf
+    args = sample_args(8, 300, uncond_logits=torch.full((8, 300), 1e30), guidance=1.0)
+    check_same_ids(emulated, logits, *args[1:])
+
+
+def test_sample_tokens_many_equal_logits(emulated):
+    """More places than two digits of 512 tell apart."""
+    logits, k = torch.zeros(2, 70001), torch.tensor(40000)
+    for p in (0.5, 1.0):
+        share = torch.tensor(p, dtype=torch.float64)
+        check_same_ids(emulated, logits, torch.arange(2), torch.tensor(5), None, None, None, k, share)
 
 
 def test_sample_tokens_in_more_tiles_than_warps(emulated):

@@ -4,12 +4,12 @@ from . import planted
 
 MUTANTS, add = planted("sample_tokens.cu")
 
-add("blockIdx.x / launch.parts;", "blockIdx.x % launch.parts;")
-add("options.temperature >= 0 &&", "")
-add("options.top_k >= 0 && ", "")
-add("options.top_p <= 1;", "true;")
-add("guidance - guidance == 0.0 &&", "")
-add("options.temperature - options.temperature == 0.0 &&", "")
+add("static_cast<int>(blockIdx.y);", "0;")
+add("options.temperature >= 0)", "options.temperature > 0)")
+add("grid.y = launch.parts;", "grid.y = launch.parts + 1;")
+add("board[0].options = asked;", "board[0].options.word = 0;")
+add("static_cast<Acc<T>>(guidance)", "Acc<T>(1)")
+add("if (board[0].options.temperature >= 0) {", "{")
 add("r * p.uncond_strides[0]", "r * p.logits_strides[0]")
 add("simt::grid_sync();", "__syncthreads();")
 add("  } else {\n    __syncthreads();\n  }", "  }")

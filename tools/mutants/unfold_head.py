@@ -28,7 +28,7 @@ add("? own + int64_t{p.pictures} * p.logits_step : nullptr", "? nullptr : nullpt
 add("if (there) row.scan();", "row.scan();")
 add("row_at < p.rows; row_at += p.pictures", "row_at < p.pictures; row_at += p.pictures")
 add("step + 1 < p.window && row_at", "row_at")
-add("options.temperature >= 0 && options.top_k >= 0", "options.top_k >= 0")
+add("if (there && board.options.temperature >= 0) {", "if (there) {")
 add("n += stride)", "n += gridDim.x)")
 add("kind == kOut       ? w.ffn_norm", "kind == kOut       ? w.attention_norm")
 add("p.layer[l + 1].attention_norm", "p.layer[l].attention_norm")
