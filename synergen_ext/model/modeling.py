@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..weights import read_weights
@@ -39,6 +41,10 @@ class SynerGenVL(nn.Module):
     marks a folded image token, whose embedding comes from the image ids. So a batch is ``input_ids [B, T]`` plus the
     image ids ``[N, h, w]`` of its N pictures, in reading order.
     """
+
+    #: Keep only each layer's input for the backward pass and run the layer again there. The names are transformers'.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
 
     def __init__(self, config: SynerGenConfig) -> None:
         super().__init__()
@@ -107,8 +113,8 @@ class SynerGenVL(nn.Module):
         special = (input_ids >= c.vocab_size) & (input_ids < c.image_id)
         visual = input_ids == c.image_id
         text = torch.where(special | visual, 0, input_ids)
-        x = F.embedding(text, self.tok_embeddings.weight)
-        specials = F.embedding(torch.where(special, input_ids - c.vocab_size, 0), self.special_embeddings.weight)
+        x = self.tok_embeddings(text)
+        specials = self.special_embeddings(torch.where(special, input_ids - c.vocab_size, 0))
         x = torch.where(special[..., None], specials, x)
         if image_ids is not None and image_ids.numel():
             folded = self.image_embedding(image_ids)  # [N, P, D]
@@ -141,8 +147,10 @@ class SynerGenVL(nn.Module):
         expert = is_image.long()
         # The same for all layers. On CUDA up to 64 rows take another way, and the CPU sorts for itself.
         routing = ops.route_tokens(expert.reshape(-1), 2) if x.is_cuda and b * t > 64 else None
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.layers):
-            x = block(x, positions, expert, mask, cache, layer, routing)
+            run = partial(self._gradient_checkpointing_func, block) if again else block
+            x = run(x, positions, expert, mask, cache, layer, routing)
         if cache is not None:
             cache.advance(t)
         return self.norm(x)
@@ -170,7 +178,13 @@ class SynerGenVL(nn.Module):
             documents: int64 ``[B, T]``, a number for each sequence of a row, one after another; a position looks at
                 those of its own document alone, and counts from its beginning. Default: one document a row.
         """
-        h = self.states(input_ids, image_ids, documents)
+        return self.losses(self.states(input_ids, image_ids, documents), input_ids, labels, image_ids, paint, documents)
+
+    def losses(
+        self, h: Tensor, input_ids: Tensor, labels: Tensor, image_ids: Tensor | None = None,
+        paint: Tensor | None = None, documents: Tensor | None = None,
+    ) -> Losses:  # fmt: skip
+        """Of final states ``[B, T, D]``, what `forward` gives; its other arguments as there."""
         # The state before a position predicts it, for both modalities.
         before, wanted = h[:, :-1], labels[:, 1:]
         if documents is not None:  # but not across documents
