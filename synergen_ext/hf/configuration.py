@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file
 
 from ..model.config import SynerGenConfig
 
@@ -73,3 +76,15 @@ class SynerGenVLConfig(PreTrainedConfig):
     def image_token_id(self) -> int:
         """Placeholder of one folded image token in ``input_ids``."""
         return self.synergen().image_id
+
+
+def where(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `from_pretrained`'s arguments, those that say where a file is."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def checkpoint_file(checkpoint: Any, name: str, arguments: Mapping[str, Any]) -> Path | None:
+    """One file of a checkpoint folder or of the hub's; None if the checkpoint has none of that name."""
+    found = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **where(arguments))
+    return None if found is None else Path(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.hub import cached_file
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..generation.oracle import Sampling, generate_image_ids
@@ -25,7 +23,7 @@ from ..model import KVCache, SynerGenVL
 from ..model.layers import Block, attend
 from ..model.modeling import init_parameter
 from ..processing.text import TOKENIZER_FILE, TextTokenizer
-from .configuration import SynerGenVLConfig
+from .configuration import SynerGenVLConfig, checkpoint_file
 
 
 class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -266,20 +264,13 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.generation_config.eos_token_id is None:
-            where = {k: kwargs[k] for k in _WHERE if k in kwargs}
-            path = cached_file(
-                pretrained_model_name_or_path, TOKENIZER_FILE, _raise_exceptions_for_missing_entries=False, **where
-            )
+            path = checkpoint_file(pretrained_model_name_or_path, TOKENIZER_FILE, kwargs)
             if path is not None:
-                text = TextTokenizer.load(Path(path).parent)
+                text = TextTokenizer.load(path.parent)
                 model.generation_config.bos_token_id = text.bos
                 model.generation_config.eos_token_id = [text.im_end, text.eos]
                 model.generation_config.pad_token_id = text.eos
         return loaded
-
-
-#: What says where a file of a checkpoint is, of `from_pretrained`'s arguments.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class Attend(nn.Module):
