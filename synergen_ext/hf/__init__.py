@@ -46,9 +46,7 @@ def register() -> None:
 
     AutoConfig.register(SynerGenVLConfig.model_type, SynerGenVLConfig, exist_ok=True)
     AutoModelForImageTextToText.register(SynerGenVLConfig, SynerGenVLForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(
-        SynerGenVLConfig, slow_image_processor_class=SynerGenVLImageProcessor, exist_ok=True
-    )
+    AutoImageProcessor.register(SynerGenVLConfig, slow_image_processor_class=SynerGenVLImageProcessor, exist_ok=True)
     AutoTokenizer.register(SynerGenVLConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
     AutoProcessor.register(SynerGenVLConfig, SynerGenVLProcessor, exist_ok=True)
 

@@ -42,7 +42,7 @@ class SynerGenVLImageProcessor(BaseImageProcessor):
         self.size = size
 
     def preprocess(  # type: ignore[override]  # transformers' own is generic over its backends
-        self, images: Any, return_tensors: str | None = None, allow_urls: bool = False, **_: Any
+        self, images: Any, return_tensors: str | None = None, allow_urls: bool = False
     ) -> BatchFeature:
         """``pixel_values`` float32 ``[N, 3, H, W]`` in [-1, 1].
 
@@ -101,7 +101,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ValueError(
             f"picture must be a uint8 array [H, W], [H, W, C] or [C, H, W] with C 1, 3 or 4, got {array.dtype} {shape}"
         )
-    return upright_rgb(Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == 1 and array.ndim == 3 else array)))
+    return upright_rgb(
+        Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == 1 and array.ndim == 3 else array))
+    )
 
 
 def _download(url: str) -> Image.Image:

@@ -1,4 +1,4 @@
-"""`SynerGenVL` under transformers: its arguments, caches, masks and `generate`, around the one model of this package."""
+"""`SynerGenVL` under transformers: its arguments, caches, masks and `generate`, around this package's model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..generation.oracle import Sampling, generate_image_ids
+from ..generation.oracle import Sampling, generate_image_ids, generate_interleaved
 from ..model import KVCache, SynerGenVL
 from ..model.layers import Block, attend
 from ..model.modeling import init_parameter
@@ -38,8 +38,7 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = SynerGenVLConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    output_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over this batch, whatever the trainer counts
     _no_split_modules = ["Block"]
@@ -53,7 +52,7 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # Weights are stored under SynerGenVL's own names, without "model." before them. Loading asks for the first of
         # the two, saving for the second.
-        names = [PrefixChange(prefix_to_add="model")]
+        names: list[Any] = [PrefixChange(prefix_to_add="model")]
         register_checkpoint_conversion_mapping(config.model_type, names, overwrite=True)
         self._weight_conversions = names
         self.model = SynerGenVL(config.synergen())
@@ -85,9 +84,11 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.output = cast(nn.Linear, new_embeddings)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """As of transformers. The special ids follow the vocabulary, so they move with its size."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)
         return embeddings
 
@@ -126,7 +127,7 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("forward: labels need input_ids")
         out = self._backbone(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, image_ids, is_image,
-            bool(use_cache) and labels is None, **kwargs,
+            bool(use_cache) and labels is None and not (self.training and self.model.gradient_checkpointing), **kwargs,
         )  # fmt: skip
         h = out.last_hidden_state
         loss = None
@@ -173,16 +174,15 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
-        )
+        parent: Any = super()  # its types want classes that do not exist outside transformers
+        inputs = parent.prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("image_ids", None)  # they are in the cache
         return {**inputs, "text_only": True}
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> Any:
         """Rows ``[B]`` to ``[B * expand_size]``, each row's pictures with it."""
         pictures = kwargs.pop("image_ids", None)
         if pictures is not None and expand_size > 1 and input_ids is not None:
@@ -190,22 +190,25 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             counts = (input_ids == c.image_id).sum(1) // c.folded_length(*pictures.shape[1:])
             rows = pictures.split(counts.tolist())
             pictures = torch.cat([row for row in rows for _ in range(expand_size)])
-        ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        parent: Any = super()
+        ids, kwargs = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, kwargs if pictures is None else {**kwargs, "image_ids": pictures}
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, modality: str = "text", **kwargs: Any) -> Any:
-        """Continue prompts with text, as of transformers, or paint pictures with ``modality="image"``.
+        """Continue prompts with text, as of transformers; ``modality="image"`` is `generate_image`, and
+        ``modality="interleaved"`` `generate_interleaved`.
 
         Prompts padded on the right are moved to the right end first, so the returned rows are padded on the left.
 
         Raises:
             ValueError: another modality.
         """
-        if modality == "image":
-            return self.generate_image(kwargs.pop("input_ids", inputs), *args, **kwargs)
+        if modality in ("image", "interleaved"):
+            other: Any = self.generate_image if modality == "image" else self.generate_interleaved
+            return other(kwargs.pop("input_ids", inputs), *args, **kwargs)
         if modality != "text":
-            raise ValueError(f"generate: modality must be text or image, got {modality!r}")
+            raise ValueError(f"generate: modality must be text, image or interleaved, got {modality!r}")
         mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids", inputs)
         if mask is not None and mask.ndim == 2 and ids is not None and kwargs.get("past_key_values") is None:
             # Stable: tokens keep their order. Rows that are padded on the left, or not at all, stay as they are.
@@ -213,7 +216,8 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ids, kwargs["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
             inputs = ids if kwargs.pop("input_ids", None) is None else None
             kwargs.update({} if inputs is not None else {"input_ids": ids})
-        return super().generate(inputs, *args, **kwargs)
+        parent: Any = super()
+        return parent.generate(inputs, *args, **kwargs)
 
     @torch.no_grad()
     def generate_image(
@@ -240,20 +244,57 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: seeds or rows that do not match, or guidance without ``unconditional_ids``.
         """
-        c = self.model.config
-        s = c.guidance if guidance_scale is None else guidance_scale
-        if s != 1 and unconditional_ids is None:
-            raise ValueError(f"generate_image: guidance_scale {s:g} needs unconditional_ids, got none")
+        s, unconditional = self._guidance("generate_image", guidance_scale, unconditional_ids)
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids, keep, strict=True)]
-        sampling = Sampling(
+        each = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
+        sampling = self._image_sampling(temperature, top_k, top_p)
+        return generate_image_ids(self.model, prompts, unconditional, each, s, sampling, size, on_patch)
+
+    @torch.no_grad()
+    def generate_interleaved(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, unconditional_ids: Tensor | None = None,
+        image_ids: Tensor | None = None, max_new_tokens: int = 256, seed: int = 0, guidance_scale: float | None = None,
+        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
+    ) -> list[list[int] | Tensor]:  # fmt: skip
+        """Continue one prompt ``[1, T]`` with text, the likeliest, and a picture wherever the model writes ``<boi>``.
+
+        Args:
+            image_ids: int64 ``[N, h, w]``, the prompt's own pictures.
+            max_new_tokens: text ids plus folded image tokens; a picture that would not fit ends the output.
+
+        The other arguments are `generate_image`'s, for the pictures.
+
+        Returns:
+            Segments in order: text ids (a list), or a picture's ids ``[h, w]``.
+
+        Raises:
+            ValueError: more than one prompt, or guidance without ``unconditional_ids``.
+        """
+        if len(input_ids) != 1:
+            raise ValueError(f"generate_interleaved: input_ids must be [1, T], got {list(input_ids.shape)}")
+        s, unconditional = self._guidance("generate_interleaved", guidance_scale, unconditional_ids)
+        prompt = input_ids[0] if attention_mask is None else input_ids[attention_mask.bool()]
+        ends = self.generation_config.eos_token_id
+        return generate_interleaved(
+            self.model, prompt.tolist(), unconditional, max_new_tokens,
+            [] if ends is None else [ends] if isinstance(ends, int) else ends,
+            seed, s, None, self._image_sampling(temperature, top_k, top_p), image_ids,
+        )  # fmt: skip
+
+    def _guidance(self, who: str, scale: float | None, unconditional: Tensor | None) -> tuple[float, list[int]]:
+        s = self.model.config.guidance if scale is None else scale
+        if s != 1 and unconditional is None:
+            raise ValueError(f"{who}: guidance_scale {s:g} needs unconditional_ids, got none")
+        return s, [] if unconditional is None else unconditional.flatten().tolist()
+
+    def _image_sampling(self, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
+        c = self.model.config
+        return Sampling(
             c.image_temperature if temperature is None else temperature,
             c.image_top_k if top_k is None else top_k,
             c.image_top_p if top_p is None else top_p,
         )
-        each = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
-        unconditional = [] if unconditional_ids is None else unconditional_ids.flatten().tolist()
-        return generate_image_ids(self.model, prompts, unconditional, each, s, sampling, size, on_patch)
 
     # ---- files ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -53,7 +52,7 @@ class SynerGenVLProcessor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]
         self, conversation: Sequence[Any], chat_template: None = None, *, add_generation_prompt: bool = False,
         tokenize: bool = False, return_dict: bool = False, return_tensors: str | None = None,
-        allow_urls: bool = False, padding: bool = True,
+        continue_final_message: bool = False, processor_kwargs: dict[str, Any] | None = None, **options: Any,
     ) -> Any:  # fmt: skip
         """A conversation, or a list of them, in the form that the model was trained on.
 
@@ -64,33 +63,40 @@ class SynerGenVLProcessor(ProcessorMixin):
         Args:
             add_generation_prompt: end with the beginning of an assistant's turn.
             tokenize: give ids, else text with `IMAGE_MARK` for each picture, for people and for `__call__`.
-            return_dict: everything that the model takes: ``input_ids``, ``attention_mask``, ``image_ids`` ``[N, h, w]``.
-                Else ids alone.
+            return_dict: all that the model takes: ``input_ids``, ``attention_mask``, ``image_ids [N, h, w]``. Else ids
+                alone.
             return_tensors: "pt", "np" or None for lists. A list of conversations is padded on the left.
-            allow_urls: fetch pictures from the network.
-            padding: of several conversations, to one length. Tensors need it.
+            continue_final_message: leave the last message, an assistant's, open.
+            processor_kwargs, options: ``allow_urls`` (fetch pictures from the network; default: off) and ``padding``
+                (of several conversations, to one length; tensors need it; default: on).
 
         Raises:
-            ValueError: a role, part or picture that is none.
+            TypeError: another option.
+            ValueError: a role, part or picture that is none, or a message that cannot be continued.
         """
         if chat_template is not None:
             raise ValueError("apply_chat_template: the model's own format is the only one; leave chat_template out")
         single = not conversation or isinstance(conversation[0], dict)
         conversations = [conversation] if single else list(conversation)
         turns = [[_turn(message, i) for i, message in enumerate(c)] for c in conversations]
+        open_end = all(c and c[-1][0] == "assistant" for c in turns) and not add_generation_prompt
+        if continue_final_message and not open_end:
+            raise ValueError("chat: continue_final_message wants an assistant's message last, and no new one")
         if not tokenize:
-            texts = [self._written(c, add_generation_prompt) for c in turns]
+            texts = [self._written(c, add_generation_prompt, continue_final_message) for c in turns]
             return texts[0] if single else texts
-        rows = [self._ids(c, add_generation_prompt) for c in turns]
+        rows = [self._ids(c, add_generation_prompt, continue_final_message) for c in turns]
         if not return_dict and return_tensors is None:
             return rows[0] if single else rows
         pictures = [p for c in turns for _, parts in c for p in parts if not isinstance(p, str)]
-        batch = self._batch(rows, [p.source for p in pictures], return_tensors, allow_urls, padding)
+        batch = self._batch(
+            rows, [p.source for p in pictures], return_tensors, **{**(processor_kwargs or {}), **options}
+        )
         return batch if return_dict else batch["input_ids"]
 
     def __call__(  # type: ignore[override]
         self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str | None = None,
-        allow_urls: bool = False, padding: bool = True, **_: Any,
+        allow_urls: bool = False, padding: bool = True,
     ) -> BatchFeature:  # fmt: skip
         """Text that is formatted already, with `IMAGE_MARK` where each of ``images`` stands.
 
@@ -115,7 +121,7 @@ class SynerGenVLProcessor(ProcessorMixin):
         """What `generate_image` takes to paint one picture a caption: ``input_ids`` and ``attention_mask``
         ``[B, T]``, and ``unconditional_ids`` ``[1, U]`` for guidance."""
         rows = [self.builder.paint_prompt(c) for c in ([captions] if isinstance(captions, str) else captions)]
-        batch = self._batch(rows, [], None, False, True)
+        batch = self._batch(rows, [], None)
         return BatchFeature(
             {**batch, "unconditional_ids": [self.builder.paint_prompt(None)]}, tensor_type=return_tensors
         )
@@ -126,12 +132,13 @@ class SynerGenVLProcessor(ProcessorMixin):
         Raises:
             ValueError: not a picture, or the checkpoint has no image tokenizer.
         """
-        pixels = self.image_processor(images, return_tensors="pt", allow_urls=allow_urls)["pixel_values"]
+        pixels = self.image_processor.preprocess(images, return_tensors="pt", allow_urls=allow_urls)["pixel_values"]
         return self._codec().encode(pixels.to(self._codec().vq.device))
 
     def _batch(
-        self, rows: list[list[int]], pictures: list[Any], return_tensors: str | None, allow_urls: bool, padding: bool
-    ) -> BatchFeature:
+        self, rows: list[list[int]], pictures: list[Any], return_tensors: str | None, allow_urls: bool = False,
+        padding: bool = True,
+    ) -> BatchFeature:  # fmt: skip
         marks = sum(row.count(self.image_token_id) for row in rows) // self.builder.picture.count(self.image_token_id)
         if marks != len(pictures):
             raise ValueError(f"processor: text has {marks} places for pictures, got {len(pictures)} pictures")
@@ -146,30 +153,35 @@ class SynerGenVLProcessor(ProcessorMixin):
             data["image_ids"] = ids if return_tensors else ids.tolist()
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _ids(self, turns: list[tuple[str, list[Any]]], reply: bool) -> list[int]:
+    def _ids(self, turns: list[_Turn], reply: bool, unfinished: bool) -> list[int]:
         """As of `SequenceBuilder.ask_prompt`: pictures, a new line, text."""
         text, newline = self.text, self.text.encode("\n")
         ids = [text.bos]
         for role, parts in turns:
-            content: list[int] = []
+            ids += [text.im_start, *text.encode(f"{role}\n")]
             for before, part in zip([None, *parts], parts, strict=False):
-                if not isinstance(part, str):
-                    content += self.builder.picture
+                if isinstance(part, _Picture):
+                    ids += self.builder.picture
                 else:
-                    content += newline if isinstance(before, _Picture) else []
-                    content += text.encode(part)
-            ids += [text.im_start, *text.encode(f"{role}\n"), *content, text.im_end, *newline]
+                    ids += newline if isinstance(before, _Picture) else []
+                    ids += text.encode(part)
+            ids += [text.im_end, *newline]
+        if unfinished:
+            return ids[: -1 - len(newline)]
         return [*ids, text.im_start, *text.encode("assistant\n")] if reply else ids
 
-    def _written(self, turns: list[tuple[str, list[Any]]], reply: bool) -> str:
-        start, end = "<|im_start|>", "<|im_end|>"
+    def _written(self, turns: list[_Turn], reply: bool, unfinished: bool) -> str:
+        """`_ids`, for people."""
+        end = "<|im_end|>\n"
         out = str(self.text.tokenizer.id_to_token(self.text.bos))
         for role, parts in turns:
-            out += f"{start}{role}\n"
+            out += f"<|im_start|>{role}\n"
             for before, part in zip([None, *parts], parts, strict=False):
-                out += IMAGE_MARK if not isinstance(part, str) else "\n" * isinstance(before, _Picture) + part
-            out += f"{end}\n"
-        return out + f"{start}assistant\n" if reply else out
+                out += IMAGE_MARK if isinstance(part, _Picture) else "\n" * isinstance(before, _Picture) + part
+            out += end
+        if unfinished:
+            return out.removesuffix(end)
+        return out + "<|im_start|>assistant\n" if reply else out
 
     # ---- from ids ---------------------------------------------------------------------------------------------
 
@@ -271,13 +283,13 @@ class _Picture:
         self.source = source
 
 
-def _turn(message: Any, number: int) -> tuple[str, list[str | _Picture]]:
-    """A message as (role, texts and pictures)."""
+_Turn = tuple[str, list[str | _Picture]]  # role, and its texts and pictures
+
+
+def _turn(message: Any, number: int) -> _Turn:
     role, content = (message.get(k) for k in ("role", "content"))
     if role not in ("user", "assistant") and (role != "system" or number):
-        raise ValueError(
-            f"chat: role of message {number} must be system (first only), user or assistant, got {role!r}"
-        )
+        raise ValueError(f"chat: role of message {number} must be system (first only), user or assistant, got {role!r}")
     if isinstance(content, str):
         return role, [content]
     if not isinstance(content, (list, tuple)):
@@ -285,7 +297,7 @@ def _turn(message: Any, number: int) -> tuple[str, list[str | _Picture]]:
     parts: list[str | _Picture] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        found = [part[key] for key in _PARTS.get(kind, ()) if key in part]
+        found = [part[key] for key in _PARTS.get(str(kind), ()) if key in part]
         if len(found) != 1 or (kind == "text" and not isinstance(found[0], str)):
             raise ValueError(
                 f"chat: a part of message {number} must be a text with 'text' or an image with one of 'image', 'path' "
@@ -293,4 +305,3 @@ def _turn(message: Any, number: int) -> tuple[str, list[str | _Picture]]:
             )
         parts.append(_Picture(found[0]) if kind == "image" else found[0])
     return role, parts
-
