@@ -167,6 +167,7 @@ def test_loss_and_gradients_are_ours(inner, model):
     wanted = inner(ids, labels, pictures, paint).total
     got = model.train()(input_ids=ids, image_ids=pictures, labels=labels, paint=paint).loss
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    assert torch.equal(model(input_ids=ids, image_ids=pictures, labels=ids, paint=paint).loss, got)
     got.backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..generation.oracle import Sampling, generate_image_ids, generate_interleaved
 from ..model import KVCache, SynerGenVL
 from ..model.layers import Block, attend
-from ..model.modeling import init_parameter
+from ..model.modeling import IGNORE, init_parameter
 from ..processing.text import TOKENIZER_FILE, TextTokenizer
 from .configuration import SynerGenVLConfig, checkpoint_file
 
@@ -110,7 +110,8 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids: int64 ``[B, T]``; default: counted over ``attention_mask``.
             inputs_embeds: ``[B, T, D]`` in place of ``input_ids``, pictures in it; with ``is_image`` bool ``[B, T]``.
             image_ids: int64 ``[N, h, w]``, the pictures of all rows in reading order, from the processor.
-            labels: int64 ``[B, T]``, the id to be predicted *at* each position (shifted here), or -100.
+            labels: int64 ``[B, T]``, the id to be predicted *at* each position (shifted here), or -100. Folded image
+                tokens have no text loss, so their placeholder counts as -100.
             paint: bool ``[N]``, which pictures carry the image loss.
             logits_to_keep: of the last so many positions, or of these; 0 is all.
             text_only: leave out the logits of ``<boi>``, ``<eoi>``, ``<UNCOND>``, as `generate` does.
@@ -132,7 +133,8 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         h = out.last_hidden_state
         loss = None
         if labels is not None:
-            loss = self.model.losses(h, cast(Tensor, input_ids), labels, image_ids, paint).total
+            wanted = labels.masked_fill(labels == self.model.config.image_id, IGNORE)
+            loss = self.model.losses(h, cast(Tensor, input_ids), wanted, image_ids, paint).total
         kept = h[:, -logits_to_keep or None :] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
         logits = self.model.output(kept) if text_only else self.model.text_logits(kept)
         return CausalLMOutputWithPast(
