@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
@@ -26,10 +27,20 @@ from ..processing.text import TOKENIZER_FILE, TextTokenizer
 from .configuration import SynerGenVLConfig, checkpoint_file
 
 
+class Layer(GradientCheckpointingLayer, Block):
+    """A layer of ours that transformers can run a second time in place of keeping what is in it."""
+
+
+class Backbone(SynerGenVL):
+    """`SynerGenVL` of such layers."""
+
+    block_class = Layer
+
+
 class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """One causal Transformer that reads text and pictures and writes both.
 
-    `model` is the `synergen_ext.model.SynerGenVL` itself. Ids are its ids: ``[0, vocab_size)`` text, then ``<boi>``,
+    `model` is a `synergen_ext.model.SynerGenVL`. Ids are its ids: ``[0, vocab_size)`` text, then ``<boi>``,
     ``<eoi>``, ``<UNCOND>`` and the placeholder of a folded image token. The weight file is the same too: a folder that
     `synergen convert` or `synergen train` wrote loads here, and one saved here loads there.
     """
@@ -41,7 +52,7 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over this batch, whatever the trainer counts
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -55,7 +66,7 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         names: list[Any] = [PrefixChange(prefix_to_add="model")]
         register_checkpoint_conversion_mapping(config.model_type, names, overwrite=True)
         self._weight_conversions = names
-        self.model = SynerGenVL(config.synergen())
+        self.model = Backbone(config.synergen())
         for p in self.model.parameters():
             p._is_hf_initialized = not p.is_meta  # type: ignore[attr-defined]  # SynerGenVL has done it
         for block in self.model.blocks:
@@ -120,15 +131,20 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits ``[B, T, vocab_size + 3]``, or ``[B, T, vocab_size]`` with ``text_only``.
 
         Raises:
+            TypeError: an argument that is none of the model's.
             ValueError: neither or both of ``input_ids`` and ``inputs_embeds``, or ids that do not fit the pictures.
         """
+        if unknown := sorted(kwargs.keys() - {"output_attentions", "output_hidden_states", "return_dict", "is_causal"}):
+            raise TypeError(f"forward: unknown argument {unknown[0]!r}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward: give either input_ids or inputs_embeds")
         if labels is not None and input_ids is None:
             raise ValueError("forward: labels need input_ids")
+        # A checkpointed layer runs twice, and would fill a cache twice.
+        again = self.training and any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
         out = self._backbone(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, image_ids, is_image,
-            bool(use_cache) and labels is None and not (self.training and self.model.gradient_checkpointing), **kwargs,
+            bool(use_cache) and labels is None and not again, **kwargs,
         )  # fmt: skip
         h = out.last_hidden_state
         loss = None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..weights import read_weights
@@ -42,9 +39,8 @@ class SynerGenVL(nn.Module):
     image ids ``[N, h, w]`` of its N pictures, in reading order.
     """
 
-    #: Keep only each layer's input for the backward pass and run the layer again there. The names are transformers'.
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
+    #: hf/ puts another one here.
+    block_class: type[Block] = Block
 
     def __init__(self, config: SynerGenConfig) -> None:
         super().__init__()
@@ -54,7 +50,7 @@ class SynerGenVL(nn.Module):
         # <boi>, <eoi>, <UNCOND>: apart from the vocabulary, so that a frozen LLM stays bit-identical.
         self.special_embeddings = nn.Embedding(config.num_special, d)
         self.image_embedding = FoldedEmbedding(config)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.block_class(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.output = nn.Linear(d, config.vocab_size, bias=False)
         self.special_output = nn.Linear(d, config.num_special, bias=False)
@@ -147,10 +143,8 @@ class SynerGenVL(nn.Module):
         expert = is_image.long()
         # The same for all layers. On CUDA up to 64 rows take another way, and the CPU sorts for itself.
         routing = ops.route_tokens(expert.reshape(-1), 2) if x.is_cuda and b * t > 64 else None
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.layers):
-            run = partial(self._gradient_checkpointing_func, block) if again else block
-            x = run(x, positions, expert, mask, cache, layer, routing)
+            x = block(x, positions, expert, mask, cache, layer, routing)
         if cache is not None:
             cache.advance(t)
         return self.norm(x)
