@@ -22,7 +22,7 @@ def inner() -> SynerGenVL:
     return random_model("tiny")  # float64: no near ties
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(inner):
     return wrapped(inner)
 
@@ -53,7 +53,6 @@ def test_a_greedy_batch_is_the_oracle_row_by_row(inner, model, asks, side, cache
     out = model.generate(
         input_ids=ids, attention_mask=mask, image_ids=pictures, max_new_tokens=NEW, **how.get(cache, {})
     )
-    model.set_attn_implementation("sdpa")
     for i, row in enumerate(rows):
         alone = generate_text(inner, [row], pictures[own[i]], NEW, ())[0]
         assert out[i, ids.shape[1] :].tolist() == alone
@@ -185,14 +184,17 @@ def paints(inner):
     return [[*text_ids(c, n, seed=n), c.boi_id] for n in (9, 4, 6)], [*text_ids(c, 3, seed=77), c.uncond_id, c.boi_id]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"guidance_scale": 1.0}, {"guidance_scale": 2.5, "temperature": 0.7, "top_k": 9, "top_p": 0.9}],
     ids=str,
 )
-def test_painted_ids_are_the_oracles(inner, model, paints, settings, side):
+def test_painted_ids_are_the_oracles(inner, model, paints, settings, side, attention):
+    """Whatever attention is chosen for transformers' own calls: painting is this package's."""
     prompts, unconditional = paints
+    model.set_attn_implementation(attention)
     ids, mask = padded(prompts, side)
     got = model.generate_image(
         ids, attention_mask=mask, unconditional_ids=torch.tensor([unconditional]), seeds=[3, 4, 2**40], **settings

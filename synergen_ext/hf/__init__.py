@@ -4,6 +4,7 @@
 `AutoModelForImageTextToText`; without it they are used by their own names.
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ def register() -> None:
 
     AutoConfig.register(SynerGenVLConfig.model_type, SynerGenVLConfig, exist_ok=True)
     AutoModelForImageTextToText.register(SynerGenVLConfig, SynerGenVLForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(SynerGenVLConfig, slow_image_processor_class=SynerGenVLImageProcessor, exist_ok=True)
+    with suppress(ImportError):  # early 5.x wants torchvision even to be told of a class that does not
+        AutoImageProcessor.register(
+            SynerGenVLConfig, slow_image_processor_class=SynerGenVLImageProcessor, exist_ok=True
+        )
     AutoTokenizer.register(SynerGenVLConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
     AutoProcessor.register(SynerGenVLConfig, SynerGenVLProcessor, exist_ok=True)
 

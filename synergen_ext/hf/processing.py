@@ -106,7 +106,7 @@ class SynerGenVLProcessor(ProcessorMixin):
             ValueError: no text, or other pictures than marks.
         """
         if text is None:
-            raise ValueError("processor: text is missing; pictures alone go through image_ids()")
+            raise ValueError("processor: text is missing; pictures alone go through encode_images()")
         rows = []
         for line in [text] if isinstance(text, str) else text:
             row: list[int] = []
@@ -126,7 +126,7 @@ class SynerGenVLProcessor(ProcessorMixin):
             {**batch, "unconditional_ids": [self.builder.paint_prompt(None)]}, tensor_type=return_tensors
         )
 
-    def image_ids(self, images: Any, allow_urls: bool = False) -> Tensor:
+    def encode_images(self, images: Any, allow_urls: bool = False) -> Tensor:
         """Image ids int64 ``[N, h, w]`` of pictures in any form that the image processor takes.
 
         Raises:
@@ -149,7 +149,7 @@ class SynerGenVLProcessor(ProcessorMixin):
             "attention_mask": [[0] * (longest - len(row)) + [1] * len(row) for row in rows],
         }
         if pictures:
-            ids = self.image_ids(pictures, allow_urls).cpu()
+            ids = self.encode_images(pictures, allow_urls).cpu()
             data["image_ids"] = ids if return_tensors else ids.tolist()
         return BatchFeature(data, tensor_type=return_tensors)
 
