@@ -125,6 +125,23 @@ def test_sampling_follows_the_distribution_and_never_draws_a_special_id(inner, m
     assert set(few.tolist()) <= set(p.topk(3).indices.tolist())
 
 
+def test_a_conversation_goes_on_in_its_cache(inner, model):
+    """The second turn brings another picture; the first one's is in the cache."""
+    c = inner.config
+    first = [*picture_ids(c), *text_ids(c, 4)]
+    pictures = image_batch(c, 2)
+    told = model.generate(
+        torch.tensor([first]), image_ids=pictures[:1], max_new_tokens=4, return_dict_in_generate=True,
+    )  # fmt: skip
+    second = torch.tensor([[*told.sequences[0].tolist(), *picture_ids(c), *text_ids(c, 3, seed=9)]])
+    length = told.past_key_values.get_seq_length()
+    assert length == told.sequences.shape[1] - 1
+    got = model.generate(second, image_ids=pictures, max_new_tokens=NEW, past_key_values=told.past_key_values)
+    assert got[0, second.shape[1] :].tolist() == generate_text(inner, second.tolist(), pictures, NEW, ())[0]
+    with pytest.raises(ValueError, match="have places for 2 pictures, got 1"):
+        model.generate(second, image_ids=pictures[:1], max_new_tokens=NEW)
+
+
 def test_streamer_and_stopping_criteria(inner, model, asks):
     row = asks[0][1]
     want = generate_text(inner, [row], None, NEW, ())[0]

@@ -220,6 +220,11 @@ def test_a_larger_vocabulary_keeps_the_old_logits(tied, tmp_path):
             assert torch.equal(body.text_logits(body.states(moved, pictures)), got)
 
 
+def test_new_rows_of_a_larger_vocabulary_start_small(model):
+    table = model.resize_token_embeddings(1300, mean_resizing=False).weight.detach()
+    assert float(table[300:].std()) == pytest.approx(0.02, rel=0.05)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 

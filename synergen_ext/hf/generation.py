@@ -24,8 +24,11 @@ class TextAndImageGeneration(GenerationMixin):
     ) -> dict[str, Any]:
         parent: Any = super()  # its types want classes that do not exist outside transformers
         inputs = parent.prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("image_ids", None)  # they are in the cache
+        pictures, left = inputs.pop("image_ids", None), inputs.get("input_ids")
+        if pictures is not None and left is not None:
+            # Those whose placeholders were cut off are in the cache.
+            rows = zip(self._pictures(input_ids, pictures), self._counts(left, pictures), strict=True)
+            inputs["image_ids"] = torch.cat([own[len(own) - count :] for own, count in rows])
         return {**inputs, "text_only": True}
 
     def _expand_inputs_for_generation(
@@ -34,13 +37,26 @@ class TextAndImageGeneration(GenerationMixin):
         """Rows ``[B]`` to ``[B * expand_size]``, each row's pictures with it."""
         pictures = kwargs.pop("image_ids", None)
         if pictures is not None and expand_size > 1 and input_ids is not None:
-            c = self.model.config
-            counts = (input_ids == c.image_id).sum(1) // c.folded_length(*pictures.shape[1:])
-            rows = pictures.split(counts.tolist())
-            pictures = torch.cat([row for row in rows for _ in range(expand_size)])
+            pictures = torch.cat([own for own in self._pictures(input_ids, pictures) for _ in range(expand_size)])
         parent: Any = super()
         ids, kwargs = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, kwargs if pictures is None else {**kwargs, "image_ids": pictures}
+
+    def _counts(self, input_ids: Tensor, image_ids: Tensor) -> list[int]:
+        """Pictures in each row of ``input_ids``."""
+        c = self.model.config
+        return ((input_ids == c.image_id).sum(1) // c.folded_length(*image_ids.shape[1:])).tolist()
+
+    def _pictures(self, input_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, ...]:
+        """``image_ids`` of each row.
+
+        Raises:
+            ValueError: the rows hold more pictures, or fewer.
+        """
+        counts = self._counts(input_ids, image_ids)
+        if sum(counts) != len(image_ids):
+            raise ValueError(f"generate: input_ids have places for {sum(counts)} pictures, got {len(image_ids)}")
+        return image_ids.split(counts)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, modality: str = "text", **kwargs: Any) -> Any:

@@ -73,13 +73,19 @@ class SynerGenVLForConditionalGeneration(PreTrainedModel, TextAndImageGeneration
             block.attention.attend = Attend(config, block.attention.num_heads // block.attention.num_kv_heads)
         self.post_init()
 
+    def initialize_weights(self) -> None:
+        """Those that a checkpoint does not have, as `init_parameter` does it: by name."""
+        self._names = {module: name for name, module in self.model.named_modules()}
+        try:
+            super().initialize_weights()
+        finally:
+            del self._names
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Those that a checkpoint does not have."""
-        name = next((n for n, m in self.model.named_modules() if m is module), None)
-        if name is not None:
-            for part, p in module.named_parameters(recurse=False):
-                init_parameter(self.model.config, f"{name}.{part}", p)
+        name = getattr(self, "_names", {}).get(module, "")  # none: a larger table that is about to take its place
+        for part, p in module.named_parameters(recurse=False):
+            init_parameter(self.model.config, f"{name}.{part}", p)
 
     # ---- embeddings -------------------------------------------------------------------------------------------
 
