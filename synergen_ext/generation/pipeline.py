@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..model import SynerGenVL
 from ..processing.image_tokenizer import ImageTokenizer, to_pixels, to_uint8
-from ..processing.pictures import upright_rgb
+from ..processing.pictures import fit_on_white, upright_rgb
 from ..processing.sequences import SequenceBuilder
 from ..processing.text import TextTokenizer
 from .oracle import Sampling, generate_image_ids, generate_text
@@ -175,15 +175,7 @@ class Pipeline:
             raise ValueError(f"ask: pictures must be PIL images, got {picture!r:.60}")
         if min(picture.size) < 1:
             raise ValueError(f"ask: a picture must have pixels, got {picture.size[0]} x {picture.size[1]}")
-        picture, (width, height) = upright_rgb(picture), self.picture_size
-        if picture.size == (width, height):
-            return picture
-        scale = min(width / picture.width, height / picture.height)
-        inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        page = Image.new("RGB", (width, height), "white")
-        corner = (width - inner[0]) // 2, (height - inner[1]) // 2
-        page.paste(picture.resize(inner, Image.Resampling.BICUBIC), corner)
-        return page
+        return fit_on_white(upright_rgb(picture), *self.picture_size)
 
     def _checked(self, text: Any, what: str) -> str:
         """One prompt, question or answer with its white space folded."""

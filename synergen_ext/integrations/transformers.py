@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
+from .. import hf, ops
 from .._build import load
 
 NAME = "synergen"
@@ -35,7 +35,8 @@ _said: set[str] = set()
 
 
 def register(name: str = NAME) -> None:
-    """Make `experts_implementation=name` known to transformers, for every model of the process.
+    """Make `experts_implementation=name` known to transformers, for every model of the process, and the classes of
+    `synergen_ext.hf` to its Auto classes.
 
     Models that already exist switch with `model.set_experts_implementation(name)`, and back with any other name.
     Calling it again changes nothing.
@@ -60,6 +61,7 @@ def register(name: str = NAME) -> None:
     if known.scaled_functions is not None:
         known.scaled_functions[name] = _scaled_forward
     _known = known
+    hf.register()
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -13,6 +13,12 @@ CONFIG_FILE = "config.json"
 #: A config may come from anywhere, and building a model takes time for each layer, even without memory.
 MAX_LAYERS = 1024
 
+#: What transformers adds to a config.json of ours when it saves one. Not ours to know, and without effect here.
+TRANSFORMERS_FIELDS = frozenset(
+    ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
+    + ("bos_token_id", "eos_token_id", "pad_token_id")
+)
+
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "rope_theta": ("a positive number", lambda v: v > 0),
     "rms_norm_eps": ("a positive number", lambda v: v > 0),
@@ -148,7 +154,7 @@ class SynerGenConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SynerGenConfig:
-        """Inverse of ``to_dict``.
+        """Inverse of ``to_dict``; fields that transformers adds are left out.
 
         Raises:
             ValueError: unknown fields, wrong model type or wrong values.
@@ -157,6 +163,7 @@ class SynerGenConfig:
         kind = data.pop("model_type", "synergen_vl")
         if kind != "synergen_vl":
             raise ValueError(f"config: model_type must be 'synergen_vl', got {kind!r}")
+        data = {k: v for k, v in data.items() if k not in TRANSFORMERS_FIELDS}
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"config: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")

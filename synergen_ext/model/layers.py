@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.theta = config.rope_theta
+        self.attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = attend  # hf/ may put another one here
         d, bias = config.hidden_size, config.attention_bias
         self.wq = nn.Linear(d, self.num_heads * self.head_dim, bias=bias)
         self.wk = nn.Linear(d, self.num_kv_heads * self.head_dim, bias=bias)
@@ -46,7 +50,7 @@ class Attention(nn.Module):
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, H, T, Dh]
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        y = attend(q, k, v, mask)
+        y = self.attend(q, k, v, mask)
         return self.wo(y.transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
 
 

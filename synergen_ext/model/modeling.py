@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,6 +39,9 @@ class SynerGenVL(nn.Module):
     image ids ``[N, h, w]`` of its N pictures, in reading order.
     """
 
+    #: hf/ puts another one here.
+    block_class: type[Block] = Block
+
     def __init__(self, config: SynerGenConfig) -> None:
         super().__init__()
         self.config = config
@@ -48,7 +50,7 @@ class SynerGenVL(nn.Module):
         # <boi>, <eoi>, <UNCOND>: apart from the vocabulary, so that a frozen LLM stays bit-identical.
         self.special_embeddings = nn.Embedding(config.num_special, d)
         self.image_embedding = FoldedEmbedding(config)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.block_class(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.output = nn.Linear(d, config.vocab_size, bias=False)
         self.special_output = nn.Linear(d, config.num_special, bias=False)
@@ -107,8 +109,8 @@ class SynerGenVL(nn.Module):
         special = (input_ids >= c.vocab_size) & (input_ids < c.image_id)
         visual = input_ids == c.image_id
         text = torch.where(special | visual, 0, input_ids)
-        x = F.embedding(text, self.tok_embeddings.weight)
-        specials = F.embedding(torch.where(special, input_ids - c.vocab_size, 0), self.special_embeddings.weight)
+        x = self.tok_embeddings(text)
+        specials = self.special_embeddings(torch.where(special, input_ids - c.vocab_size, 0))
         x = torch.where(special[..., None], specials, x)
         if image_ids is not None and image_ids.numel():
             folded = self.image_embedding(image_ids)  # [N, P, D]
@@ -170,7 +172,13 @@ class SynerGenVL(nn.Module):
             documents: int64 ``[B, T]``, a number for each sequence of a row, one after another; a position looks at
                 those of its own document alone, and counts from its beginning. Default: one document a row.
         """
-        h = self.states(input_ids, image_ids, documents)
+        return self.losses(self.states(input_ids, image_ids, documents), input_ids, labels, image_ids, paint, documents)
+
+    def losses(
+        self, h: Tensor, input_ids: Tensor, labels: Tensor, image_ids: Tensor | None = None,
+        paint: Tensor | None = None, documents: Tensor | None = None,
+    ) -> Losses:  # fmt: skip
+        """Of final states ``[B, T, D]``, what `forward` gives; its other arguments as there."""
         # The state before a position predicts it, for both modalities.
         before, wanted = h[:, :-1], labels[:, 1:]
         if documents is not None:  # but not across documents

@@ -67,3 +67,15 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(ground, picture)
     return picture.convert("RGB")
+
+
+def fit_on_white(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """An RGB picture, scaled to fit into ``width x height`` and laid on the middle of a white page of that size."""
+    if picture.size == (width, height):
+        return picture
+    scale = min(width / picture.width, height / picture.height)
+    inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    page = Image.new("RGB", (width, height), "white")
+    corner = (width - inner[0]) // 2, (height - inner[1]) // 2
+    page.paste(picture.resize(inner, Image.Resampling.BICUBIC), corner)
+    return page
