@@ -56,6 +56,9 @@ def test_sample_tokens_has_no_races_in_one_block_a_row():
     raced = emulator.load("race")
     raced.schedule(2, 7, 2)
     raced.sample_tokens(*sample_args(7, 5000, torch.bfloat16, top_k=900, top_p=0.8))
+    args = sample_args(2, 40)
+    args[0][1] = -torch.inf  # no answer, and none is read
+    raced.sample_tokens(*args)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 1500])
@@ -115,6 +118,14 @@ def test_sample_tokens_filters_that_end_in_the_same_logit(emulated, dtype):
             share = torch.tensor(p, dtype=torch.float64)
             ids, _ = check_same_ids(emulated, logits, seeds, position, None, None, None, torch.tensor(k), share)
             assert ids.max() < max(k * p, 1) and (p < 0.3 or ids.max() > k * p * 0.7)
+
+
+def test_sample_tokens_top_p_takes_all_that_top_k_left(emulated, dtype):
+    """Masses of less than 2^53 together, of which the largest share below 1 is all; equal logits that top-k cut."""
+    logits = torch.tensor([3.0, 1, 1, 1, 1, 0, 0, 0, 0], dtype=dtype).expand(64, -1)
+    share = torch.tensor(1 - 2**-53, dtype=torch.float64)
+    args = (logits, torch.arange(64), torch.tensor(5), None, None, None, torch.tensor(3), share)
+    assert set(check_same_ids(emulated, *args)[0].tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("equal", [127, 128, 129, 400])

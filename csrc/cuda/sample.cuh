@@ -332,12 +332,10 @@ class RowSampler {
   SIMT_FN bool stays(Key key, int place) const {
     return key > floor_ || (key == floor_ && place <= last_place_);
   }
-  // What is known of the end of the list: the latest of all filters holds.
+  // The end of the list, of what stays up to now: later filters only come earlier.
   SIMT_FN void end_at(Key key, int place) {
-    if (key > floor_ || (key == floor_ && place < last_place_)) {
-      floor_ = key;
-      last_place_ = place;
-    }
+    floor_ = key;
+    last_place_ = place;
   }
 
   static_assert(kSampleWarps == 1 << 4);
@@ -397,9 +395,9 @@ class RowSampler {
     return place < end && stays(scratch_.keys[place], place) ? scratch_.mass[place] : 0;
   }
 
-  // visit(e, place, digit) for what stays and has a digit. By mass nothing is above the range at
-  // first, and later what is goes round to a distance without a digit.
-  template <bool kByMass, class Visit>
+  // visit(e, place, digit) for what stays and has a digit. Of a key above the range the distance
+  // goes round: further than that of any key in it, so it counts after all of them or not at all.
+  template <class Visit>
   SIMT_FN void walk_digits(const Range& range, const Visit& visit) {
     walk([&](int, int begin, int end) {
       if (range.places) {
@@ -413,7 +411,7 @@ class RowSampler {
       } else {
         for_chunk(begin, end, [&](int e, int place) {
           const Key digit = static_cast<Key>(range.top - keys_[e]) >> range.shift;
-          if (digit < kEndBins && (kByMass || keys_[e] <= range.top) && stays(keys_[e], place)) {
+          if (digit < kEndBins && stays(keys_[e], place)) {
             visit(e, place, static_cast<uint32_t>(digit));
           }
         });
@@ -504,7 +502,7 @@ class RowSampler {
   // Adds up weights, ones or masses, by digit, and picks the bin in which they reach the goal.
   template <bool kByMass, class Goal>
   SIMT_FN void weigh_digits(const Range& range, const Goal& goal) {
-    walk_digits<kByMass>(range, [&](int e, int, uint32_t digit) {
+    walk_digits(range, [&](int e, int, uint32_t digit) {
       atomicAdd(&board_.members[digit], 1u);
       if constexpr (kByMass) {
         const uint32_t low = static_cast<uint32_t>(masses_[e]);
