@@ -6,6 +6,7 @@ import emulator
 import numpy as np
 import pytest
 import torch
+from cuda_cases import same_bits_under_every_schedule
 
 from synergen_ext.testing import DTYPES, laid_out, normal
 
@@ -128,6 +129,23 @@ def test_sample_tokens_top_p_takes_all_that_top_k_left(emulated, dtype):
     assert set(check_same_ids(emulated, *args)[0].tolist()) == {0, 1, 2}
 
 
+def test_sample_tokens_top_k_ends_with_many_equal_logits(emulated):
+    """Two kinds of 200 in one first digit, and all of the larger kind stays: too many to be compared."""
+    logits = torch.full((1, 5000), -3.0)
+    logits[0, ::25], logits[0, 7::25] = 2.0, 2.001
+    args = (logits.expand(16, -1), torch.arange(16), torch.tensor(5), None, None, None, torch.tensor(200), None)
+    ids, _ = check_same_ids(emulated, *args)
+    assert (ids % 25 == 7).all()
+
+
+def test_sample_tokens_filters_that_end_in_the_same_logit_under_every_schedule(emulated):
+    """Top-k and top-p end among the same 16 places, which are listed in any order."""
+    logits, seeds = torch.zeros(24, 4097), torch.arange(24)
+    args = (logits, seeds, torch.tensor(5), None, None, None, torch.tensor(140), torch.tensor(0.97).double())
+    same_bits_under_every_schedule(emulated, lambda: emulated.sample_tokens(*args)[0])
+    check_same_ids(emulated, *args)
+
+
 @pytest.mark.parametrize("equal", [127, 128, 129, 400])
 def test_sample_tokens_filters_that_end_among_equal_logits(emulated, equal, dtype):
     """Up to 128 tokens of one bin are compared with each other; more are counted by their places."""
@@ -164,7 +182,7 @@ def test_sample_tokens_far_below_the_largest(emulated):
 
 
 @pytest.mark.parametrize("vocab", [1500, 4000])
-@pytest.mark.parametrize("between", [(60, 66), (-66, -60), (0.2, 0.3), (-0.3, 0.3)], ids=str)
+@pytest.mark.parametrize("between", [(63.4, 64.1), (-64.1, -63.4), (0.2, 0.3), (-0.3, 0.3)], ids=str)
 def test_sample_tokens_top_k_ends_in_any_first_digit(emulated, between, vocab):
     """A quarter is the least size that first digits tell apart, and 64 the first that they do not; a digit has few
     tokens, which are compared, or more."""
