@@ -1,6 +1,8 @@
 """Training data from files: formats, mixtures, bad samples, and a position that resumes exactly."""
 
+import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import torch
 import yaml
 from cases import SMALL_TOKENIZER, random_image_tokenizer
 from PIL import Image
+from test_world import torchrun
 
+from synergen_ext.cli import main
 from synergen_ext.model import SynerGenConfig
 from synergen_ext.model.modeling import IGNORE
+from synergen_ext.processing.image_tokenizer import ImageTokenizer
 from synergen_ext.processing.sequences import SequenceBuilder
 from synergen_ext.training import loop
 from synergen_ext.training.checkpoints import load_state
@@ -21,6 +26,7 @@ from synergen_ext.training.packing import plan_rows
 from synergen_ext.training.recipe import parse_recipe
 from synergen_ext.training.run import run_recipe
 from synergen_ext.training.sources import files
+from synergen_ext.training.sources import tar as tar_module
 from synergen_ext.training.sources.batches import Rules, SourceBatches
 from synergen_ext.training.sources.build import Wanted, build_mixture
 from synergen_ext.training.sources.conversations import Captions, turns_of
@@ -29,6 +35,8 @@ from synergen_ext.training.sources.mixture import Mixture, Part
 from synergen_ext.training.sources.order import shuffled, uniform
 from synergen_ext.training.sources.recipe import SourceRecipe
 from synergen_ext.training.sources.sample import BadSample, Sample
+from synergen_ext.training.sources.tar import Tar
+from synergen_ext.training.sources.tokens import Tokens, write_tokens
 from synergen_ext.training.world import World
 
 GRID, CODES, SIZE = (4, 8), 48, (32, 64)
@@ -509,3 +517,153 @@ def test_a_run_from_files_resumes_bit_for_bit(folder, tmp_path, monkeypatch):
         a, b = (load_state(tmp_path / n / "stages" / f"{stage}.safetensors")[0] for n in ("whole", "broken"))
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert (tmp_path / "whole" / "checkpoint" / "image_tokenizer.safetensors").is_file()
+
+
+# ---- pictures tokenised once --------------------------------------------------------------------
+
+
+def tokenize(folder: Path, out: Path, *more: str) -> int:
+    arguments = ["--image-tokenizer", str(folder / "tokenizer"), "--grid", "4x8", "--out", str(out), *more]
+    return main(["tokenize", *arguments])
+
+
+def test_training_from_ids_is_training_from_pictures(folder, tmp_path, monkeypatch, capsys):
+    """The same draws, the same losses; and no image tokenizer is opened, made or left behind."""
+    pictures, captions = str(folder / "pictures"), str(folder / "captions.jsonl")
+    assert tokenize(folder, tmp_path / "paint", captions, "--root", pictures) == 0
+    talks = str(folder / "talks.jsonl")
+    assert tokenize(folder, tmp_path / "ask", talks, "--format", "conversations", "--root", pictures) == 0
+    from_pictures = run(
+        folder, tmp_path / "a", recipe_of(folder, understand=[entry(folder, "talks", "conversations", "talks.jsonl")])
+    )
+    monkeypatch.setattr(ImageTokenizer, "encode", None)
+    monkeypatch.setattr(ImageTokenizer, "from_pretrained", None)
+    recipe = recipe_of(
+        folder,
+        understand=[dict(name="talks", format="tokens", path=str(tmp_path / "ask"))],
+        generate=[dict(name="captions", format="tokens", path=str(tmp_path / "paint"))],
+        image_tokenizer=None,
+    )
+    recipe["tokenizer"] = dict(model=dict(codebook_size=CODES))
+    recipe["sample_every"] = 2
+    assert run(folder, tmp_path / "b", recipe) == from_pictures
+    names = {p.name for p in (tmp_path / "b" / "checkpoint").iterdir()}
+    assert "model.safetensors" in names and not any("image_tokenizer" in n for n in names)
+
+
+def test_shards(folder, tmp_path):
+    source = Captions(Lines(str(folder / "captions.jsonl")), str(folder / "pictures"), SIZE)
+    assert not write_tokens(source, "generate", fake_encode, CODES, tmp_path / "t", shard=4)
+    assert len(list((tmp_path / "t").glob("ids-*.safetensors"))) == 3
+    held = Tokens(str(tmp_path / "t"), "generate", GRID, CODES)
+    for i in range(len(source)):
+        ours, theirs = held.read(i, 0), source.read(i, 0)
+        assert ours.text == theirs.text
+        assert np.array_equal(ours.pictures[0], fake_encode(theirs.pictures[0])) and ours.pictures[0].dtype == np.int64
+    for wanted, message in (
+        (("understand", GRID, CODES), "task must be understand, got generate"),
+        (("generate", (8, 8), CODES), r"grid must be \[8, 8\], got \[4, 8\]"),
+        (("generate", GRID, 64), "codebook_size must be 64, got 48"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Tokens(str(tmp_path / "t"), *wanted)
+    with pytest.raises(ValueError, match="must be empty or absent"):
+        write_tokens(source, "generate", fake_encode, CODES, tmp_path / "t")
+    (tmp_path / "t" / "ids-00000.safetensors").write_bytes(b"broken")
+    with pytest.raises(BadSample) as caught:
+        held.read(0, 0)
+    assert caught.value.cause == "broken shard"
+    write_rows(tmp_path / "t" / "rows.jsonl", [{"ids": [10], "caption": "x"}])
+    with pytest.raises(BadSample, match=r"ids must be numbers in \[0, 10\), got \[10\]"):
+        Tokens(str(tmp_path / "t"), "generate", GRID, CODES).read(0, 0)
+
+
+def test_tokenize_says_what_it_left_out(folder, spoiled, tmp_path, capsys):
+    root = ("--root", str(folder / "pictures"))
+    assert tokenize(folder, tmp_path / "t", str(spoiled), *root, "--max-bad", "0.5") == 0
+    assert "left out 5 (" in capsys.readouterr().err  # what is over-long or no Unicode is for the text tokenizer to say
+    assert len((tmp_path / "t" / "bad_samples.jsonl").read_text().splitlines()) == 5
+    assert tokenize(folder, tmp_path / "u", str(folder / "nowhere.jsonl"), *root) == 2
+    assert "nowhere.jsonl cannot be read" in capsys.readouterr().err
+    assert tokenize(folder, tmp_path / "u", str(spoiled), "--format", "tar") == 2
+    assert "task of tar must be one of understand, generate, got None" in capsys.readouterr().err
+
+
+# ---- tars ---------------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_tars_hold_what_files_do(folder, tmp_path, monkeypatch):
+    pixels = [(folder / "pictures" / f"{i}.png").read_bytes() for i in range(4)]
+    write_tar(tmp_path / "p-00.tar", {"a/0.png": pixels[0], "a/0.txt": b"picture 0\n", "a/0.cls": b"7"})
+    write_tar(tmp_path / "p-01.tar", {"../1.JPG": pixels[1], "../1.json": b'{"caption": "picture 1"}'})
+    source = Tar(str(tmp_path / "p-{00..01}.tar"), "generate", SIZE)
+    files_ = Captions(Lines(str(folder / "captions.jsonl")), str(folder / "pictures"), SIZE)
+    assert len(source) == 2
+    for i in range(2):
+        ours, theirs = source.read(i, 0), files_.read(i, 0)
+        assert ours.text == theirs.text and np.array_equal(ours.pictures[0], theirs.pictures[0])
+    two = talk("<image> or <image>?", "This.")
+    path = write_tar(
+        tmp_path / "q.tar",
+        {"x.0.png": pixels[2], "x.json": json.dumps(two).encode(), "x.1.png": pixels[3], "y.json": b"{", "z.png": b"x"},
+    )
+    source = Tar(str(path), "understand", SIZE)
+    assert len(source.read(0, 0).pictures) == 2
+    for index, cause in ((1, "wrong JSON"), (2, "wrong row")):
+        with pytest.raises(BadSample) as caught:
+            source.read(index, 0)
+        assert caught.value.cause == cause
+    monkeypatch.setattr(tar_module, "MAX_FILE_BYTES", 10)
+    with pytest.raises(BadSample) as caught:
+        source.read(0, 0)
+    assert caught.value.cause == "large file"
+    (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
+    for name, message in (("bad.tar", "cannot be read as a tar"), ("gone.tar", "cannot be read"), ("{2..1}", "1 to")):
+        with pytest.raises(ValueError, match=message):
+            Tar(str(tmp_path / name), "generate", SIZE)
+
+
+def test_links_in_tars_lead_nowhere(folder, tmp_path):
+    with tarfile.open(tmp_path / "l.tar", "w") as tar:
+        link = tarfile.TarInfo("a.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(folder / "pictures" / "0.png")
+        tar.addfile(link)
+    with pytest.raises(ValueError, match="must hold pictures or texts, got none"):
+        Tar(str(tmp_path / "l.tar"), "generate", SIZE)
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+
+def test_two_processes_skip_the_same_samples(folder, spoiled, tmp_path):
+    """One process goes on where two stopped, and all stand at the same draws with the same bad samples."""
+    generate = [dict(name="c", format="captions", path=str(spoiled), root=str(folder / "pictures"))]
+    recipe = recipe_of(folder, generate=generate, max_bad=0.5)
+    recipe["bfloat16"] = False
+    for stage in recipe["stages"]:
+        stage["paint"] = 8
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run_recipe(path, tmp_path / "one")
+    done = torchrun(path, tmp_path / "two", 2)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_state(tmp_path / n / "state.safetensors")[1] for n in ("one", "two"))
+    assert one == two and sum(one["data"]["generate"]["sources"]["c"]["bad"].values()) > 0
+    a, b = ((tmp_path / n / "bad_samples.jsonl").read_text() for n in ("one", "two"))
+    assert a == b and a
+    for stage in ("one", "two"):
+        a, b = (load_state(tmp_path / n / "stages" / f"{stage}.safetensors")[0] for n in ("one", "two"))
+        for name, value in a.items():
+            torch.testing.assert_close(b[name], value, rtol=1e-3, atol=3e-5)
+    (tmp_path / "two" / "stages" / "two.safetensors").unlink()
+    run_recipe(path, tmp_path / "two")
+    assert (tmp_path / "two" / "bad_samples.jsonl").read_text() == (tmp_path / "one" / "bad_samples.jsonl").read_text()

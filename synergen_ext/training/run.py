@@ -16,7 +16,7 @@ from transformers import Emu3VQVAEConfig
 
 from ..model import SynerGenConfig, SynerGenVL
 from ..processing.image_tokenizer import WEIGHTS_FILE as TOKENIZER_WEIGHTS
-from ..processing.image_tokenizer import ImageTokenizer, to_pixels
+from ..processing.image_tokenizer import ImageTokenizer
 from ..processing.sequences import SequenceBuilder
 from ..processing.text import TOKENIZER_FILE, TextTokenizer
 from ..scenes import CANVAS
@@ -28,6 +28,7 @@ from .report import Reporter
 from .sources.batches import Rules, SourceBatches
 from .sources.build import Wanted, build_mixture
 from .sources.order import mix
+from .sources.tokenize import encoder
 from .tokenizer import train_tokenizer
 from .world import World
 
@@ -222,11 +223,7 @@ class _Run:
         encode, (rows, columns), stride = None, self.config.image_grid, 0
         if not self.recipe.without_image_tokenizer:
             tokenizer = self.world.first(self.image_tokenizer)
-            stride = tokenizer.stride
-
-            def encode(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-                ids: NDArray[np.int64] = tokenizer.encode(to_pixels(pixels[None].copy()))[0].numpy()
-                return ids
+            encode, stride = encoder(tokenizer), tokenizer.stride
 
         wanted = Wanted((rows, columns), self.config.codebook_size, (rows * stride, columns * stride))
         mixtures = {

@@ -12,6 +12,7 @@ from .files import Lines, read_text
 from .mixture import Mixture, Part
 from .recipe import SourceRecipe, check_repeat_time
 from .sample import Source
+from .tar import Tar
 from .tokens import Tokens
 
 #: Keys of a data set in InternVL's meta file.
@@ -35,7 +36,7 @@ def build_mixture(sources: list[SourceRecipe], task: str, wanted: Wanted, seed: 
     """
     parts: list[Part] = []
     for recipe in sources:
-        opened = _open(recipe, task, wanted)
+        opened = open_parts(recipe, task, wanted)
         total = sum(part.weight for part in opened)
         for part in opened:
             part.weight *= recipe.weight / total if recipe.weight else 1
@@ -43,12 +44,19 @@ def build_mixture(sources: list[SourceRecipe], task: str, wanted: Wanted, seed: 
     return Mixture(parts, seed)
 
 
-def _open(recipe: SourceRecipe, task: str, wanted: Wanted) -> list[Part]:
+def open_parts(recipe: SourceRecipe, task: str, wanted: Wanted) -> list[Part]:
+    """The data sets of one source, weighted by their rows; one, but for InternVL's meta file.
+
+    Raises:
+        ValueError: as of `build_mixture`.
+    """
     if recipe.format == "internvl":
         return _open_meta(recipe, wanted)
     source: Source
     if recipe.format == "tokens":
         source = Tokens(recipe.path, task, wanted.grid, wanted.codebook_size)
+    elif recipe.format == "tar":
+        source = Tar(recipe.path, task, wanted.size)
     elif recipe.format == "captions":
         source = Captions(Lines(recipe.path), recipe.root, wanted.size)
     else:

@@ -63,7 +63,7 @@ def read_bytes(path: str) -> bytes:
             data = f.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise BadSample("missing file", f"no file {path}") from None
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a name that no file system takes
         raise BadSample("unreadable file", f"{path}: {e}") from e
     if len(data) > MAX_FILE_BYTES:
         raise BadSample("large file", f"{path} must have at most {MAX_FILE_BYTES} bytes, got more")

@@ -13,6 +13,7 @@ FORMATS = {
     "internvl": ("understand",),
     "conversations": ("understand",),
     "captions": ("generate",),
+    "tar": ("understand", "generate"),
     "tokens": ("understand", "generate"),
 }
 

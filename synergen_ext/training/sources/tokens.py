@@ -29,7 +29,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 def write_tokens(
     source: Source, task: str, encode: Callable[[NDArray[Any]], NDArray[Any]], codebook_size: int, out: str | Path,
-    max_bad: float = 0.01, bad_after: int = 200, shard: int = 4096, on_sample: Callable[[], None] | None = None,
+    max_bad: float = 0.01, bad_after: int = 200, shard: int = 4096, on_sample: Callable[[int, int], None] | None = None,
 ) -> Counter[str]:  # fmt: skip
     """Tokenise every picture of ``source`` into the folder ``out``; what `Tokens` reads.
 
@@ -80,12 +80,12 @@ def write_tokens(
             else:
                 names = {"user": "human", "assistant": "gpt"}
                 row["conversations"] = [{"from": names[r], "value": text} for r, text in sample.text]
-            kept.write(json.dumps(row, ensure_ascii=False) + "\n")
+            kept.write(json.dumps(row) + "\n")
             pictures, rows = pictures + len(ids), rows + 1
             if len(waiting) >= shard:
                 flush()
             if on_sample:
-                on_sample()
+                on_sample(index + 1, len(source))
     if waiting:
         flush()
     if not rows:
