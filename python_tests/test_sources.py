@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -33,7 +34,7 @@ from synergen_ext.training.sources.conversations import Captions, turns_of
 from synergen_ext.training.sources.files import Lines, inside
 from synergen_ext.training.sources.mixture import Mixture, Part
 from synergen_ext.training.sources.order import shuffled, uniform
-from synergen_ext.training.sources.recipe import SourceRecipe
+from synergen_ext.training.sources.recipe import FORMATS, SourceRecipe
 from synergen_ext.training.sources.sample import BadSample, Sample
 from synergen_ext.training.sources.tar import Tar
 from synergen_ext.training.sources.tokens import Tokens, write_tokens
@@ -667,3 +668,35 @@ def test_two_processes_skip_the_same_samples(folder, spoiled, tmp_path):
     (tmp_path / "two" / "stages" / "two.safetensors").unlink()
     run_recipe(path, tmp_path / "two")
     assert (tmp_path / "two" / "bad_samples.jsonl").read_text() == (tmp_path / "one" / "bad_samples.jsonl").read_text()
+
+
+# ---- the page about it --------------------------------------------------------------------------
+
+
+def test_the_pages_example_trains(folder, tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text()
+    written = re.findall(r"File `([\w.]+)`:\n\n```\w+\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in written] == ["captions.jsonl", "talks.jsonl", "meta.json", "recipe.yaml"]
+    monkeypatch.chdir(tmp_path)
+    for name, text in written:
+        Path(name).write_text(text)
+    for name in ("pictures", "text", "tokenizer"):
+        Path(name).symlink_to(folder / name)
+    [command] = re.findall(r"^    (synergen train .*)$", page, re.MULTILINE)
+    assert main(command.split()[1:]) == 0
+    assert (tmp_path / "runs" / "squares" / "checkpoint" / "model.safetensors").is_file()
+    assert not Path("runs/squares/bad_samples.jsonl").exists()
+    for form in FORMATS:
+        assert f"| `{form}` |" in page
+    [command] = re.findall(r"^    (synergen tokenize .*)$", page, re.MULTILINE)
+    assert main(command.split()[1:]) == 0
+
+
+def test_words_alone_train_nothing_of_a_frozen_language_model(folder, tmp_path):
+    """A batch of understanding without a picture, where only the vision parts train: the other task's step is taken."""
+    words = dict(name="words", format="conversations", path=str(folder / "words.jsonl"))
+    recipe = recipe_of(folder, understand=[words])
+    for stage in recipe["stages"]:
+        stage["train"] = ["vision"]
+    rows = run(folder, tmp_path / "out", recipe)
+    assert len(rows) == 8 and all(r["gradient_norm"] > 0 for r in rows)
