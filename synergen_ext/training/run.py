@@ -26,7 +26,7 @@ from .loop import run_stage
 from .recipe import Recipe, StageRecipe, load_recipe
 from .report import Reporter
 from .sources.batches import Rules, SourceBatches
-from .sources.build import Wanted, build_mixture
+from .sources.build import Wanted, build_mixture, check_paths
 from .sources.order import mix
 from .sources.tokenize import encoder
 from .tokenizer import train_tokenizer
@@ -48,6 +48,8 @@ def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: 
         FileNotFoundError, ValueError: the recipe is missing or wrong, or ``out`` holds another run.
     """
     recipe, out = load_recipe(path), Path(out)
+    if recipe.sources is not None:
+        check_paths(recipe.sources)
     described = plan(recipe)  # builds the model on no memory, so wrong sizes fail here and not after an hour
     if dry_run:
         print(described)
@@ -171,6 +173,8 @@ class _Run:
                     self.image_tokenizer().codebook if stage.place_codes else None,
                 )  # fmt: skip
             if self.world.rank == 0:
+                if isinstance(batches, SourceBatches):
+                    print(f"stage {stage.name}:\n{batches.summary()}")
                 save_state(finished, model.state_dict(), {"stage": stage.name, "step": stage.steps})
         return self._export(model) if self.world.rank == 0 else self.out / "checkpoint"
 

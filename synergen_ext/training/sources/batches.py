@@ -88,6 +88,16 @@ class SourceBatches:
         for task, mixture in self.mixtures.items():
             mixture.load_state_dict(state[task])
 
+    def summary(self) -> str:
+        """What was drawn of every source, and what was bad, in a line each."""
+        lines = []
+        for task, mixture in self.mixtures.items():
+            for part in mixture.parts:
+                causes = "".join(f", {cause} {n}" for cause, n in part.bad.most_common())
+                bad = f"{part.bad.total()} bad{causes}"
+                lines.append(f"{task} {part.name}: {part.draws:,} draws, {part.epoch:.2f} passes, {bad}")
+        return "\n".join(lines)
+
     # ---- drawing ----------------------------------------------------------------------------------------------
 
     def _batch(self, task: str, size: int, share: slice) -> Batch:

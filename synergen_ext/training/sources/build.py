@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .conversations import Captions, Conversations
-from .files import Lines, read_text
+from .files import Lines, is_url, read_text
 from .mixture import Mixture, Part
-from .recipe import SourceRecipe, check_repeat_time
+from .recipe import SourceRecipe, SourcesRecipe, check_repeat_time
 from .sample import Source
-from .tar import Tar
+from .tar import Tar, shards_of
 from .tokens import Tokens
 
 #: Keys of a data set in InternVL's meta file.
@@ -26,6 +27,18 @@ class Wanted:
     grid: tuple[int, int]  # tokens
     codebook_size: int
     size: tuple[int, int]  # pixels, height and width; (0, 0) where nothing is decoded
+
+
+def check_paths(sources: SourcesRecipe) -> None:
+    """Look for every local file that the recipe names, before anything slow begins.
+
+    Raises:
+        FileNotFoundError: one is missing.
+    """
+    for source in (*sources.understand, *sources.generate):
+        for path in shards_of(source.path) if source.format == "tar" else [source.path]:
+            if not is_url(path) and not Path(path).exists():
+                raise FileNotFoundError(f"recipe: source {source.name!r}: no file {path}")
 
 
 def build_mixture(sources: list[SourceRecipe], task: str, wanted: Wanted, seed: int) -> Mixture:

@@ -11,6 +11,8 @@ from .pictures import fit
 from .sample import BadSample, Sample
 
 PLACE = "<image>"
+#: Most pictures of one sample; they are all decoded before its tokens are counted.
+MAX_PICTURES = 256
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -50,12 +52,15 @@ def pictures_of(row: dict[str, Any]) -> list[Any]:
     """The picture names of an InternVL row: none, one or several.
 
     Raises:
-        BadSample: a video.
+        BadSample: a video, or more than ``MAX_PICTURES``.
     """
     if row.get("video") is not None:
         raise BadSample("video", "videos cannot be read")
     image = row.get("image")
-    return [] if image is None else image if isinstance(image, list) else [image]
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if len(names) > MAX_PICTURES:
+        raise BadSample("wrong row", f"a sample must have at most {MAX_PICTURES} pictures, got {len(names)}")
+    return names
 
 
 class Conversations:

@@ -7,7 +7,7 @@ import re
 import tarfile
 from typing import Any, NamedTuple
 
-from .conversations import caption_of, turns_of
+from .conversations import MAX_PICTURES, caption_of, turns_of
 from .files import MAX_FILE_BYTES, MAX_LINE_BYTES, open_file
 from .pictures import fit
 from .sample import BadSample, Sample
@@ -83,6 +83,8 @@ class Tar:
         shard, key, members = self.samples[index]
         kinds = {ending: ending.rpartition(".")[2] for ending in members}
         pictures = sorted(e for e in members if kinds[e] in _PICTURES)
+        if len(pictures) > MAX_PICTURES:
+            raise BadSample("wrong row", f"{key} must have at most {MAX_PICTURES} pictures, got {len(pictures)}")
         row = self._row(shard, key, members)
         text: str | list[tuple[str, str]]
         if self.task == "generate":
