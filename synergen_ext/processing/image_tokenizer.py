@@ -207,6 +207,19 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"image tokenizer: {where} cannot be built: {e}") from e
 
     @classmethod
+    def without_weights(cls, folder: str | Path) -> ImageTokenizer:
+        """The tokenizer that ``save_pretrained`` wrote, on no memory: its sizes alone.
+
+        Raises:
+            FileNotFoundError: no config.
+            ValueError: as of ``on_meta``.
+        """
+        path = Path(folder) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"image tokenizer: no {CONFIG_FILE} in {folder}")
+        return cls.on_meta(_read_config(path), str(path))
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageTokenizer:
         """Load what ``save_pretrained`` wrote; weights come back in float32.
 
@@ -215,10 +228,9 @@ class ImageTokenizer(nn.Module):
             ValueError: the config or the weights do not fit the class.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"image tokenizer: no {name} in {folder}")
-        model = cls.on_meta(_read_config(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise FileNotFoundError(f"image tokenizer: no {WEIGHTS_FILE} in {folder}")
+        model = cls.without_weights(folder)
         state = read_weights(folder / WEIGHTS_FILE, model.vq.state_dict(), "image tokenizer")
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         model.vq.load_state_dict(state, assign=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, ImageOps
 
@@ -28,13 +31,26 @@ def load_picture(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"picture {path} is not there")
     if not path.is_file():
         raise ValueError(f"picture {path} is not a file")
+    return _decode(lambda: path, path)
+
+
+def read_picture(data: bytes, name: str) -> Image.Image:
+    """`load_picture` of a file's bytes; ``name`` is for messages.
+
+    Raises:
+        ValueError: as of `load_picture`.
+    """
+    return _decode(lambda: io.BytesIO(data), name)
+
+
+def _decode(source: Callable[[], Path | IO[bytes]], path: Path | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower
-            with Image.open(path, formats=FORMATS) as probe:
+            with Image.open(source(), formats=FORMATS) as probe:
                 _check_size(path, *probe.size)
                 probe.verify()
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(source(), formats=FORMATS) as picture:
                 return upright_rgb(picture)
     except PictureTooLarge:
         raise
@@ -52,7 +68,7 @@ class PictureTooLarge(ValueError):
     """More pixels than ``MAX_PIXELS``."""
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(path: Path | str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise PictureTooLarge(f"picture {path} must have at most {MAX_PIXELS} pixels, got {width} x {height}")
 

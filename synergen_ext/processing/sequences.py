@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..model.config import SynerGenConfig
 from ..model.modeling import IGNORE
-from .text import GENERATION_PROMPT, UNCONDITIONAL_PROMPT, TextTokenizer
+from .text import GENERATION_PROMPT, UNCONDITIONAL_PROMPT, TextTokenizer, chat_turns
 
 
 @dataclass
@@ -91,3 +91,29 @@ class SequenceBuilder:
         ids.append(self.text.eos)
         labels.append(self.text.eos)
         return Example(ids, labels)
+
+    def conversation(self, turns: Sequence[tuple[str, str]], template: str) -> Example:
+        """Understanding: a whole conversation, a picture at every ``<image>`` of a user's turn; loss on the answers.
+
+        Args:
+            turns, template: as of `chat_turns`.
+
+        Raises:
+            ValueError: no such template or role.
+        """
+        chat, turns = chat_turns(turns, template)
+        ids = [self.text.bos] if chat.start else []
+        labels = [IGNORE] * len(ids)
+        after = self.text.encode(chat.after) if chat.after else []
+        for role, content in turns:
+            head, body = [self.text.im_start, *self.text.encode(f"{role}\n")], self.text.encode(content)
+            if role == "user":
+                first, *others = content.split("<image>")
+                body = self.text.encode(first) if first else []
+                for part in others:
+                    body += [*self.picture, *(self.text.encode(part) if part else [])]
+            said = [*body, self.text.im_end]
+            ids += [*head, *said, *after]
+            learned = said if role == "assistant" else [IGNORE] * len(said)
+            labels += [*[IGNORE] * len(head), *learned, *[IGNORE] * len(after)]
+        return Example([*ids, self.text.eos], [*labels, self.text.eos])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -114,6 +115,20 @@ class SceneCache:
 ALL = slice(None)
 
 
+class Batches(Protocol):
+    """What a stage draws from: `SceneBatches`, or `sources.batches.SourceBatches`."""
+
+    def paint(self, step: int, size: int, share: slice = ALL) -> Batch: ...
+
+    def describe(self, step: int, size: int, questions_each: int = 3, share: slice = ALL) -> Batch: ...
+
+    def text(self, step: int, size: int, questions_each: int = 3, share: slice = ALL) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class SceneBatches:
     """Draws batches from a scene cache. Step ``s`` is a function of ``(seed, s)``: resuming needs no state."""
 
@@ -129,6 +144,12 @@ class SceneBatches:
             unconditional,
             pack,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the step says it all
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
     def _rng(self, step: int, task: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, 5, task, step])
@@ -180,7 +201,7 @@ class SceneBatches:
         return collate(examples, image_ids, paint)
 
 
-def collate(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint: bool, multiple: int = 8) -> Batch:
+def collate(examples: list[Example], image_ids: NDArray[Any] | None, paint: bool, multiple: int = 8) -> Batch:
     """Pad on the right to a multiple of ``multiple`` tokens (id 0, no loss)."""
     longest = max(len(e.ids) for e in examples)
     length = -(-longest // multiple) * multiple
@@ -192,17 +213,25 @@ def collate(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint
     return _batch(examples, input_ids, labels, image_ids, paint)
 
 
-def collate_packed(examples: list[Example], image_ids: NDArray[np.uint16] | None, paint: bool, row: int) -> Batch:
-    """Rows of ``row`` positions with as many whole examples as fit, each with one picture, or none at all."""
+def collate_packed(
+    examples: list[Example],
+    image_ids: NDArray[Any] | None,
+    paint: bool,
+    row: int,
+    pictures: Sequence[int] | None = None,
+) -> Batch:
+    """Rows of ``row`` positions with as many whole examples as fit; ``pictures`` of each, default: one."""
     rows = plan_rows([len(e.ids) for e in examples], row)
     input_ids, labels, documents = pack(examples, rows, row)
     if image_ids is not None:
-        image_ids = image_ids[[i for r in rows for i in r]]  # in reading order
+        ends = np.cumsum([1] * len(examples) if pictures is None else pictures)
+        starts = [0, *ends[:-1]]
+        image_ids = image_ids[[p for r in rows for i in r for p in range(starts[i], ends[i])]]  # in reading order
     return _batch(examples, input_ids, labels, image_ids, paint, documents)
 
 
 def _batch(
-    examples: list[Example], input_ids: Tensor, labels: Tensor, image_ids: NDArray[np.uint16] | None, paint: bool,
+    examples: list[Example], input_ids: Tensor, labels: Tensor, image_ids: NDArray[Any] | None, paint: bool,
     documents: Tensor | None = None,
 ) -> Batch:  # fmt: skip
     pictures = None if image_ids is None else torch.from_numpy(np.ascontiguousarray(image_ids).astype(np.int64))

@@ -13,7 +13,7 @@ from .. import ops
 from ..model import SynerGenVL
 from ..model.modeling import IGNORE
 from .checkpoints import flatten_optimizers, load_state, prefixed, restore_optimizers, save_state, without_prefix
-from .data import Batch, SceneBatches
+from .data import Batch, Batches
 from .recipe import Recipe, StageRecipe
 from .stages import learning_rate, make_optimizers
 from .world import World
@@ -41,7 +41,7 @@ class Average:
             named[k].copy_(v)
 
 
-def _batches(batches: SceneBatches, stage: StageRecipe, step: int, world: World) -> list[tuple[str, Batch]]:
+def _batches(batches: Batches, stage: StageRecipe, step: int, world: World) -> list[tuple[str, Batch]]:
     """This process's share of every task's rows."""
     share = slice(world.rank, None, world.size)
     out = []
@@ -91,7 +91,7 @@ def train_step(
 
 
 def run_stage(
-    model: SynerGenVL, recipe: Recipe, index: int, batches: SceneBatches, state_file: Path,
+    model: SynerGenVL, recipe: Recipe, index: int, batches: Batches, state_file: Path,
     on_step: OnStep | None = None, on_sample: Callable[[str, int], None] | None = None, world: World = ALONE,
     codebook: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -107,6 +107,7 @@ def run_stage(
         if meta["stage"] == stage.name:
             start = int(meta["step"])
             model.load_state_dict(without_prefix("model", tensors))
+            batches.load_state_dict(meta.get("data", {}))
     if start == 0 and stage.copy_experts:
         model.copy_text_experts()
     if start == 0 and stage.place_codes:
@@ -144,7 +145,7 @@ def run_stage(
                 on_step(stage.name, step, figures)
             done = step + 1
             if world.rank == 0 and done % recipe.save_every == 0 and done < stage.steps:
-                _save(state_file, model, optimizers, named, average, stage.name, done)
+                _save(state_file, model, optimizers, named, average, stage.name, done, batches)
             if on_sample and recipe.sample_every and done % recipe.sample_every == 0:
                 on_sample(stage.name, done)
     if average:
@@ -154,9 +155,9 @@ def run_stage(
 
 def _save(
     path: Path, model: SynerGenVL, optimizers: list[torch.optim.Optimizer], named: dict[str, Tensor],
-    average: Average | None, stage: str, step: int,
+    average: Average | None, stage: str, step: int, batches: Batches,
 ) -> None:  # fmt: skip
     tensors = {**prefixed("model", model.state_dict()), **flatten_optimizers(optimizers, named)}
     if average:
         tensors |= prefixed("average", average.weights)
-    save_state(path, tensors, {"stage": stage, "step": step})
+    save_state(path, tensors, {"stage": stage, "step": step, "data": batches.state_dict()})

@@ -14,6 +14,7 @@ import yaml
 
 from ..model.config import SynerGenConfig
 from ..processing.image_tokenizer import CONFIG_FIELDS
+from .sources.recipe import SourceRecipe, SourcesRecipe
 from .tokenizer import TokenizerRecipe
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -98,11 +99,29 @@ class Recipe:
     bfloat16: bool = True  # autocast; weights and optimizer stay float32
     save_every: int = 250  # steps between resumable checkpoints
     sample_every: int = 500  # steps between sample pictures; 0: none
+    sources: SourcesRecipe | None = None  # data from files; none: scenes
 
     def __post_init__(self) -> None:
+        if self.sources is not None:
+            self._check_tasks(self.sources)
         _require(self.save_every >= 1, "recipe", "save_every", "at least 1", self.save_every)
         for name in ("seed", "sample_every"):
             _require(getattr(self, name) >= 0, "recipe", name, "at least 0", getattr(self, name))
+
+    def _check_tasks(self, sources: SourcesRecipe) -> None:
+        for stage in self.stages:
+            where = f"stage {stage.name!r}"
+            _require(not stage.text, where, "text", "0 with sources: words only are rows of understand", stage.text)
+            for task, sort in (("paint", "generate"), ("describe", "understand")):
+                size = getattr(stage, task)
+                _require(not size or getattr(sources, sort), where, task, f"0 without sources.{sort}", size)
+            codes = stage.place_codes and self.without_image_tokenizer
+            _require(not codes, where, "place_codes", "false without sources.image_tokenizer", True)
+
+    @property
+    def without_image_tokenizer(self) -> bool:
+        """All pictures are ids already and no tokenizer is named: the run has none, and leaves none."""
+        return self.sources is not None and self.sources.tokenised and not self.sources.image_tokenizer
 
     def config(self, vocab_size: int, codebook_size: int) -> SynerGenConfig:
         """The model's config, with the sizes that the trained tokenizers decide."""
@@ -140,6 +159,18 @@ def _fill(cls: type, data: Any, where: str) -> Any:
     return cls(**values)
 
 
+def _fill_sources(data: Any) -> SourcesRecipe:
+    if isinstance(data, dict):
+        data = dict(data)
+        for task in ("understand", "generate"):
+            listed = data.get(task, [])
+            if not isinstance(listed, list):
+                raise ValueError(f"recipe: sources.{task} must be a list, got {listed!r}")
+            data[task] = [_fill(SourceRecipe, s, f"sources.{task}[{i}]") for i, s in enumerate(listed)]
+    filled: SourcesRecipe = _fill(SourcesRecipe, data, "sources")
+    return filled
+
+
 def parse_recipe(data: Any) -> Recipe:
     """A recipe from parsed YAML.
 
@@ -154,6 +185,8 @@ def parse_recipe(data: Any) -> Recipe:
         # transformers' config takes any name, so a misspelt one would be lost silently.
         raise ValueError(f"recipe: tokenizer.model has no field {unknown[0]!r}; known: {', '.join(CONFIG_FIELDS)}")
     data["data"] = _fill(DataRecipe, data.get("data", {}), "data")
+    if "sources" in data:
+        data["sources"] = _fill_sources(data["sources"])
     stages = data.get("stages")
     if not isinstance(stages, list) or not stages:
         raise ValueError("recipe: stages must be a list with at least one stage")

@@ -21,10 +21,14 @@ from ..processing.sequences import SequenceBuilder
 from ..processing.text import TOKENIZER_FILE, TextTokenizer
 from ..scenes import CANVAS
 from .checkpoints import load_state, save_state
-from .data import SceneBatches, SceneCache, train_text_tokenizer
+from .data import Batches, SceneBatches, SceneCache, train_text_tokenizer
 from .loop import run_stage
 from .recipe import Recipe, StageRecipe, load_recipe
 from .report import Reporter
+from .sources.batches import Rules, SourceBatches
+from .sources.build import Wanted, build_mixture, check_paths
+from .sources.order import mix
+from .sources.tokenize import encoder
 from .tokenizer import train_tokenizer
 from .world import World
 
@@ -44,6 +48,8 @@ def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: 
         FileNotFoundError, ValueError: the recipe is missing or wrong, or ``out`` holds another run.
     """
     recipe, out = load_recipe(path), Path(out)
+    if recipe.sources is not None:
+        check_paths(recipe.sources)
     described = plan(recipe)  # builds the model on no memory, so wrong sizes fail here and not after an hour
     if dry_run:
         print(described)
@@ -83,14 +89,17 @@ def plan(recipe: Recipe) -> str:
     Raises:
         ValueError: sizes that cannot be built or do not fit together.
     """
-    config = recipe.config(recipe.data.text_vocab, _codebook_size(recipe))
+    config = recipe.config(_vocab_size(recipe), _codebook_size(recipe))
     with torch.device("meta"):
         try:
-            model, tokenizer = SynerGenVL(config), ImageTokenizer(Emu3VQVAEConfig(**recipe.tokenizer.model))
+            model = SynerGenVL(config)
+            tokenizer = _given_tokenizer(recipe) or ImageTokenizer(Emu3VQVAEConfig(**recipe.tokenizer.model))
+        except OSError:
+            raise
         except Exception as e:  # transformers checks types with exceptions of its own
             raise ValueError(f"recipe: these sizes cannot be built: {' '.join(str(e).split())}") from e
     side = CANVAS // tokenizer.stride
-    if config.image_grid != (side, side):
+    if recipe.sources is None and config.image_grid != (side, side):
         raise ValueError(
             f"recipe: model.image_grid must be [{side}, {side}] ({CANVAS} pixels, {tokenizer.stride} a token), "
             f"got {list(config.image_grid)}"
@@ -98,10 +107,14 @@ def plan(recipe: Recipe) -> str:
     lines = [
         f"{recipe.name}: {model.num_parameters():,} parameters, {model.num_parameters(active=True):,} active a token",
         f"pictures {config.image_grid[0]} x {config.image_grid[1]} tokens, fold {config.fold[0]} x {config.fold[1]}, "
-        f"{config.image_tokens} folded tokens each; {recipe.data.scenes:,} tokenised scenes",
+        f"{config.image_tokens} folded tokens each; " + _plan_data(recipe),
         f"image tokenizer: {recipe.tokenizer.steps:,} steps of {recipe.tokenizer.batch} crops, "
         f"{recipe.tokenizer.decoder_steps:,} of its decoder alone",
     ]
+    if recipe.without_image_tokenizer:
+        lines[2] = "image tokenizer: none, every picture is ids already"
+    elif recipe.sources and recipe.sources.image_tokenizer:
+        lines[2] = f"image tokenizer: {recipe.sources.image_tokenizer}"
     for s in recipe.stages:
         lines.append(
             f"stage {s.name}: {s.steps:,} steps x ({s.paint} paint + {s.describe} describe + {s.text} text), "
@@ -110,7 +123,28 @@ def plan(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def _plan_data(recipe: Recipe) -> str:
+    if recipe.sources is None:
+        return f"{recipe.data.scenes:,} tokenised scenes"
+    return ", ".join(f"{len(getattr(recipe.sources, t))} sources to {t}" for t in ("understand", "generate"))
+
+
+def _given_tokenizer(recipe: Recipe) -> ImageTokenizer | None:
+    """The sizes of the image tokenizer that the recipe names, if it names one."""
+    if recipe.sources is None or not recipe.sources.image_tokenizer:
+        return None
+    return ImageTokenizer.without_weights(recipe.sources.image_tokenizer)
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    if recipe.sources is None or not recipe.sources.text_tokenizer:
+        return recipe.data.text_vocab
+    return TextTokenizer.load(recipe.sources.text_tokenizer).vocab_size
+
+
 def _codebook_size(recipe: Recipe) -> int:
+    if given := _given_tokenizer(recipe):
+        return given.codebook_size
     return int(recipe.tokenizer.model.get("codebook_size", 32_768))
 
 
@@ -132,12 +166,15 @@ class _Run:
                 continue
             batches = self._batches(i, stage)
             with self.reporter.stage(stage):
-                sample = functools.partial(self._sample, model) if stage.paint else None
+                paints = stage.paint and not recipe.without_image_tokenizer
+                sample = functools.partial(self._sample, model) if paints else None
                 run_stage(
                     model, recipe, i, batches, self.out / STATE_FILE, self.reporter.step, sample, self.world,
                     self.image_tokenizer().codebook if stage.place_codes else None,
                 )  # fmt: skip
             if self.world.rank == 0:
+                if isinstance(batches, SourceBatches):
+                    print(f"stage {stage.name}:\n{batches.summary()}")
                 save_state(finished, model.state_dict(), {"stage": stage.name, "step": stage.steps})
         return self._export(model) if self.world.rank == 0 else self.out / "checkpoint"
 
@@ -146,6 +183,8 @@ class _Run:
             self.reporter.sample(model, self.builder, self.image_tokenizer(), stage, step)
 
     def _text_tokenizer(self) -> TextTokenizer:
+        if self.recipe.sources and self.recipe.sources.text_tokenizer:
+            return TextTokenizer.load(self.recipe.sources.text_tokenizer)
         folder = self.out / "text"
         if not (folder / TOKENIZER_FILE).is_file():
             folder.mkdir(exist_ok=True)
@@ -153,7 +192,9 @@ class _Run:
         return TextTokenizer.load(folder)
 
     def image_tokenizer(self) -> ImageTokenizer:
-        """The trained image tokenizer, with the float16 weights that are shipped (so ids agree later)."""
+        """The recipe's image tokenizer, or the trained one, with the float16 weights that are shipped."""
+        if self.recipe.sources and self.recipe.sources.image_tokenizer:
+            return ImageTokenizer.from_pretrained(self.recipe.sources.image_tokenizer).eval()
         folder = self.out / "image_tokenizer"
         if not (folder / TOKENIZER_WEIGHTS).is_file():
             state_file = self.out / "image_tokenizer_state.safetensors"
@@ -168,7 +209,9 @@ class _Run:
             trained.save_pretrained(folder, torch.float16)
         return ImageTokenizer.from_pretrained(folder).eval()
 
-    def _batches(self, index: int, stage: StageRecipe) -> SceneBatches:
+    def _batches(self, index: int, stage: StageRecipe) -> Batches:
+        if self.recipe.sources is not None:
+            return self._source_batches(index, stage)
         ids: NDArray[np.uint16] = np.zeros((0, *self.config.image_grid), np.uint16)
         data = self.recipe.data
         if stage.paint or stage.describe:
@@ -178,13 +221,34 @@ class _Run:
         seed = self.recipe.seed * 1000 + index
         return SceneBatches(self.builder, ids, data.seed, seed, stage.unconditional, stage.pack)
 
+    def _source_batches(self, index: int, stage: StageRecipe) -> SourceBatches:
+        sources = self.recipe.sources
+        assert sources is not None
+        encode, (rows, columns), stride = None, self.config.image_grid, 0
+        if not self.recipe.without_image_tokenizer:
+            tokenizer = self.world.first(self.image_tokenizer)
+            encode, stride = encoder(tokenizer), tokenizer.stride
+
+        wanted = Wanted((rows, columns), self.config.codebook_size, (rows * stride, columns * stride))
+        mixtures = {
+            task: build_mixture(getattr(sources, task), task, wanted, mix(self.recipe.seed, index, number))
+            for number, (task, size) in enumerate((("understand", stage.describe), ("generate", stage.paint)))
+            if size
+        }
+        rules = Rules(
+            sources.template, sources.max_tokens, sources.max_bad, sources.bad_after, sources.workers,
+            stage.unconditional, stage.pack,
+        )  # fmt: skip
+        return SourceBatches(self.builder, mixtures, rules, encode, self.out, self.world, stage.name)
+
     def _export(self, model: SynerGenVL) -> Path:
         """The folder that loads: model in bfloat16, both tokenizers, the recipe, the curve."""
         folder = self.out / "checkpoint"
         model.save_pretrained(folder, torch.bfloat16)
         self.text.save(folder)
-        tokenizer = self.image_tokenizer()
-        tokenizer.save_pretrained(folder, torch.float16)
+        if not self.recipe.without_image_tokenizer:
+            given = self.recipe.sources is not None and bool(self.recipe.sources.image_tokenizer)
+            self.image_tokenizer().save_pretrained(folder, None if given else torch.float16)
         shutil.copy(self.out / "recipe.yaml", folder / "recipe.yaml")
         self.reporter.write_curve(folder)
         return folder

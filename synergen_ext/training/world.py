@@ -55,6 +55,14 @@ class World:
             dist.all_reduce(total)
         return [float(v) for v in total]
 
+    def gather(self, values: list[T]) -> list[T]:
+        """The values of all processes, the first process's first."""
+        if self.size == 1:
+            return values
+        parts: list[list[T]] = [[]] * self.size
+        dist.all_gather_object(parts, values)
+        return [v for part in parts for v in part]
+
     @torch.no_grad()
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Replace every gradient by its mean over the processes (bit-identical in all of them)."""

@@ -1,0 +1,1 @@
+"""Training data from files: one reader per format, a weighted mixture per task, a position that resumes exactly."""
