@@ -36,11 +36,11 @@ def sanitized():
     for dtype in DTYPES:
         for bits, dim, hidden in ((8, 5, 3), (8, 64, 144), (4, 8, 16), (4, 160, 96)):
             for tokens in (1, 9):
-                yield "expert_ffn_quantized", (*inputs(tokens, dim, hidden, dtype=dtype, bits=bits), None)
+                yield "expert_ffn_quantized", (*inputs(tokens, dim, hidden, 1, dtype=dtype, bits=bits), None)
         for lay in UNPACKED[:2]:
-            yield "expert_ffn_quantized", (*laid(lay, inputs(3, 64, 64, dtype=dtype, bits=4, groups=(32, 32))), None)
-        yield "expert_ffn_quantized", (*inputs(3, 160, 96, dtype=dtype, bits=4, groups=(32, 32)), None)
-        yield "expert_ffn_quantized", (*inputs(3, 64, 256, dtype=dtype, bits=8), None)  # whole rings
+            yield "expert_ffn_quantized", (*laid(lay, inputs(3, 64, 64, 1, dtype=dtype, bits=4, groups=(32, 32))), None)
+        yield "expert_ffn_quantized", (*inputs(3, 160, 96, 1, dtype=dtype, bits=4, groups=(32, 32)), None)
+        yield "expert_ffn_quantized", (*inputs(3, 64, 256, 1, dtype=dtype, bits=8), None)  # whole rings
     yield "expert_ffn_quantized", (*laid(cut, inputs(3, 40, 40, 1, dtype=torch.bfloat16, bits=8)), None)
     yield "expert_ffn_quantized", inputs(20, 64, 64, 2, 4, dtype=torch.bfloat16, bits=8)
     for bits, hidden in ((8, 256), (4, 512)):  # one launch; of one expert what is read last has nothing behind it

@@ -57,7 +57,7 @@ def test_old_or_missing_packages(monkeypatch):
         "transformers",
         "not installed",
         False,
-        "pip install 'transformers>=5.0'",
+        "pip install 'transformers>=5.7'",
     )
 
 

@@ -30,7 +30,7 @@ add("read(uncond, uncond_stride,", "read(uncond, stride,")
 # Masses.
 add("x[e] > -64.0 ? x[e] : -64.0", "x[e]")
 # First digits, and the short way.
-add("kShift = kMantissa - 7;", "kShift = kMantissa - 6;")
+add("<< kShift) : 0);", "<< (kShift - 1)) : 0);")
 add("above < 0 ? 0 : ", "")
 add("above < kEach ? above : kEach - 1", "above")
 add("(bin ^ static_cast<int>(negative))", "bin")
