@@ -67,6 +67,15 @@ def test_unfold_head_has_no_races_where_warps_share_rows():
         raced.unfold_head(*args)
 
 
+@pytest.mark.skipif(not emulator.available(), reason="needs g++, cmake and ninja")
+@pytest.mark.parametrize("pictures, vocab, temperature", [(1, 4200, 1.0), (13, 19, 0.0)])
+def test_unfold_head_has_no_races_where_blocks_share_a_draw_or_draw_twice(pictures, vocab, temperature):
+    raced = emulator.load("race")
+    sizes = dict(dim=8, heads=1, kv_heads=1, hidden=8, layers=0, window=2, persistent=True)
+    options = dict(top_k=9, temperature=temperature)
+    raced.unfold_head(*head_args(pictures, False, torch.bfloat16, vocab=vocab, **options, **sizes))
+
+
 @pytest.mark.parametrize("pictures,guided", [(1, False), (5, True), (13, False), (17, True), (33, True)])
 def test_unfold_head_rows(emulated, pictures, guided):
     """One tile of 8 rows, several, and more rows than pass at once, with more heads of them than warps of the grid."""

@@ -14,7 +14,7 @@ add("    } else {\n      __syncthreads();\n    }", "    }")
 add("    __syncthreads();  // the board", "    // the board")
 # Guards and indices.
 add("if (at < p.window * p.pairs)", "if (at <= p.window * p.pairs)")
-add("if (at < p.window * p.pictures)", "if (at <= p.window * p.pictures)")
+add("if (at < p.window * p.pictures)", "if (at + 1 < p.window * p.pictures)")
 add("(j * p.half + p.first + i) * 2", "(j * p.half + i) * 2")
 add("p.position.at(at % p.pictures, int64_t{0}) + at / p.pictures", "p.position.at(at % p.pictures, int64_t{0})")
 add("int64_t{p.step - 1} * p.pictures + row % p.pictures",
