@@ -112,7 +112,8 @@ def test_unfold_head_rows_without_an_answer(emulated):
         assert valid.tolist() == [True, False, True] and ids[1, 0] == 0
         assert torch.equal(ids[::2], clean[::2])
     for wrong in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=1.5)):
-        for args in both(2, False, torch.float32, layers=1, window=2, **wrong):
+        # A whole tile of ids: past its end masses of a temperature below 0 would leave no answer either.
+        for args in both(2, False, torch.float32, layers=0, dim=8, window=2, vocab=4096, **wrong):
             ids, valid = emulated.unfold_head(*args)
             assert not ids.any() and not valid.any()
 
