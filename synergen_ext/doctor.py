@@ -159,7 +159,7 @@ def report() -> list[Check]:
         Check("synergen_ext", __version__, True),
         Check("Python", f"{platform.python_version()} on {platform.platform()}", True),
         _package("torch", "2.13"),
-        _package("transformers", "5.0"),
+        _package("transformers", "5.7"),
         _cpu(),
     ]
     return [*checks, *_compiled(), *map(_extra, EXTRAS), _checkpoint()]
