@@ -19,6 +19,7 @@ from synergen_ext.cli import main
 from synergen_ext.model import SynerGenConfig
 from synergen_ext.model.modeling import IGNORE
 from synergen_ext.processing.image_tokenizer import ImageTokenizer
+from synergen_ext.processing.pictures import fit_on_white
 from synergen_ext.processing.sequences import SequenceBuilder
 from synergen_ext.training import loop
 from synergen_ext.training.checkpoints import load_state
@@ -34,6 +35,7 @@ from synergen_ext.training.sources.conversations import Captions, Conversations,
 from synergen_ext.training.sources.files import Lines, inside
 from synergen_ext.training.sources.mixture import Mixture, Part
 from synergen_ext.training.sources.order import shuffled, uniform
+from synergen_ext.training.sources.pictures import fit
 from synergen_ext.training.sources.recipe import FORMATS, SourceRecipe
 from synergen_ext.training.sources.sample import BadSample, Sample
 from synergen_ext.training.sources.tar import Tar
@@ -297,6 +299,17 @@ def test_every_key_of_the_meta_file(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             parts(change)
+
+
+def test_pictures_to_be_understood_lie_as_those_that_are_asked_about():
+    """A wide picture is not stretched: above and below it is white, as `Pipeline.fit` and the processor lay it."""
+    stored = io.BytesIO()
+    wide = Image.new("RGB", (64, 32), "red")
+    wide.save(stored, "PNG")
+    pixels = fit(stored.getvalue(), "wide.png", (48, 48), crop=False)
+    np.testing.assert_array_equal(pixels, np.asarray(fit_on_white(wide, 48, 48)))
+    assert (pixels[0] == 255).all() and (pixels[24, :, 0] == 255).all() and not pixels[24, :, 1:].any()
+    assert not fit(stored.getvalue(), "wide.png", (48, 48), crop=True)[..., 1:].any()
 
 
 def test_augmented_pictures_are_another_and_the_same_again(folder):

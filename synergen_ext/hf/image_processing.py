@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..processing.image_tokenizer import to_pixels
-from ..processing.pictures import fit_on_white, load_picture, upright_rgb
+from ..processing.pictures import fit_on_white, load_picture, read_picture, upright_rgb
 
 #: Most bytes that are read from a URL, and for how many seconds it may be silent.
 MAX_DOWNLOAD = 64 * 2**20
@@ -111,7 +110,4 @@ def _download(url: str) -> Image.Image:
         data = answer.read(MAX_DOWNLOAD + 1)
     if len(data) > MAX_DOWNLOAD:
         raise ValueError(f"picture {url} must have at most {MAX_DOWNLOAD} bytes, got more")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "picture")
-        path.write_bytes(data)
-        return load_picture(path)
+    return read_picture(data, url)

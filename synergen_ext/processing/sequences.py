@@ -106,13 +106,11 @@ class SequenceBuilder:
         labels = [IGNORE] * len(ids)
         after = self.text.encode(chat.after) if chat.after else []
         for role, content in turns:
-            head, body = [self.text.im_start, *self.text.encode(f"{role}\n")], self.text.encode(content)
-            if role == "user":
-                first, *others = content.split("<image>")
-                body = self.text.encode(first) if first else []
-                for part in others:
-                    body += [*self.picture, *(self.text.encode(part) if part else [])]
-            said = [*body, self.text.im_end]
+            head = [self.text.im_start, *self.text.encode(f"{role}\n")]
+            said: list[int] = []
+            for i, part in enumerate(content.split("<image>") if role == "user" else [content]):
+                said += [*(self.picture if i else []), *(self.text.encode(part) if part else [])]
+            said.append(self.text.im_end)
             ids += [*head, *said, *after]
             learned = said if role == "assistant" else [IGNORE] * len(said)
             labels += [*[IGNORE] * len(head), *learned, *[IGNORE] * len(after)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from .files import Lines, inside, read_bytes
+from .files import Lines, LineSource, inside, read_bytes
 from .order import mix
 from .pictures import fit
 from .sample import BadSample, Sample
@@ -30,7 +30,7 @@ def turns_of(row: dict[str, Any], pictures: int) -> list[tuple[str, str]]:
     if said and said[0].get("from") != "human":
         said = said[1:]
     turns = []
-    for turn, speaker in zip(said, itertools.cycle(("human", "gpt"))):  # noqa: B905 (cycle has no end)
+    for turn, speaker in zip(said, itertools.cycle(("human", "gpt")), strict=False):
         if turn.get("from") != speaker or not isinstance(turn.get("value"), str):
             raise BadSample("wrong row", f"a turn must be {speaker}'s, with a text value, got {turn!r:.120}")
         turns.append((_ROLES[speaker], turn["value"]))
@@ -63,7 +63,7 @@ def pictures_of(row: dict[str, Any]) -> list[Any]:
     return names
 
 
-class Conversations:
+class Conversations(LineSource):
     """Understanding: rows ``{image, conversations: [{from, value}]}``, words only without ``image``.
 
     Args:
@@ -74,13 +74,8 @@ class Conversations:
     """
 
     def __init__(self, lines: Lines, root: str, size: tuple[int, int], augment: bool = False) -> None:
-        self.lines, self.root, self.size, self.augment = lines, root, size, augment
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def where(self, index: int) -> str:
-        return self.lines.where(index)
+        super().__init__(lines)
+        self.root, self.size, self.augment = root, size, augment
 
     def read(self, index: int, salt: int) -> Sample:
         row = self.lines.row(index)
@@ -93,17 +88,12 @@ class Conversations:
         return Sample(turns, pictures)
 
 
-class Captions:
+class Captions(LineSource):
     """Generation: rows ``{image, caption}``. Other keys are left alone."""
 
     def __init__(self, lines: Lines, root: str, size: tuple[int, int]) -> None:
-        self.lines, self.root, self.size = lines, root, size
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def where(self, index: int) -> str:
-        return self.lines.where(index)
+        super().__init__(lines)
+        self.root, self.size = root, size
 
     def read(self, index: int, salt: int) -> Sample:
         row = self.lines.row(index)

@@ -141,3 +141,16 @@ class Lines:
 
     def where(self, index: int) -> str:
         return f"{self.path}@{int(self.begins[index])}"
+
+
+class LineSource:
+    """What sources have in common whose samples are the lines of a JSONL file."""
+
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def where(self, index: int) -> str:
+        return self.lines.where(index)

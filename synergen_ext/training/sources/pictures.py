@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ...processing.pictures import read_picture
+from ...processing.pictures import fit_on_white, read_picture
 from .order import mix
 from .sample import BadSample
 
@@ -19,8 +19,8 @@ def fit(data: bytes, name: str, size: tuple[int, int], crop: bool, augment: int 
 
     Args:
         size: pixels, ``(height, width)``.
-        crop: keep the aspect ratio and cut the middle out (what is to be painted); otherwise the whole picture is
-            resized (what is to be understood: nothing may be lost).
+        crop: cut the middle out (what is to be painted); otherwise the whole picture is laid on white (what is to be
+            understood), as `Pipeline.fit` lays what is asked about.
         augment: a number that chooses a JPEG quality of 75 to 100 through which the picture goes, as InternVL's
             ``data_augment`` does; None: left as it is.
 
@@ -35,7 +35,7 @@ def fit(data: bytes, name: str, size: tuple[int, int], crop: bool, augment: int 
         stored = io.BytesIO()
         picture.save(stored, "JPEG", quality=75 + mix(augment) % 26)
         picture = Image.open(stored, formats=("JPEG",)).convert("RGB")
-    target = (size[1], size[0])
+    height, width = size
     if crop:
-        return np.asarray(ImageOps.fit(picture, target, Image.Resampling.BICUBIC))
-    return np.asarray(picture.resize(target, Image.Resampling.BICUBIC))
+        return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+    return np.asarray(fit_on_white(picture, width, height))

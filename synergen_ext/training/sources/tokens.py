@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .conversations import caption_of, turns_of
-from .files import Lines
+from .files import Lines, LineSource
 from .sample import BadSample, Sample, Source
 
 INDEX_FILE = "tokens.json"
@@ -63,6 +63,8 @@ def write_tokens(
 
     with open(out / ROWS_FILE, "w") as kept, open(out / BAD_FILE, "w") as listed:
         for index in range(len(source)):
+            if on_sample:
+                on_sample(index, len(source))
             try:
                 sample = source.read(index, 0)
             except BadSample as e:
@@ -84,8 +86,8 @@ def write_tokens(
             pictures, rows = pictures + len(ids), rows + 1
             if len(waiting) >= shard:
                 flush()
-            if on_sample:
-                on_sample(index + 1, len(source))
+    if on_sample:
+        on_sample(len(source), len(source))
     if waiting:
         flush()
     if not rows:
@@ -107,7 +109,7 @@ def check_share(who: str, listed: str, bad: Counter[str], draws: int, max_bad: f
         )
 
 
-class Tokens:
+class Tokens(LineSource):
     """Samples whose pictures are ids already. No image tokenizer is asked.
 
     Args:
@@ -135,13 +137,7 @@ class Tokens:
                 raise ValueError(f"sources: {path}: {name} must be {wanted}, got {got}")
         self.task, self.grid, self.codebook_size = task, grid, codebook_size
         self.ends = np.cumsum([0, *shards])
-        self.lines = Lines(str(self.folder / ROWS_FILE))
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def where(self, index: int) -> str:
-        return self.lines.where(index)
+        super().__init__(Lines(str(self.folder / ROWS_FILE)))
 
     def read(self, index: int, salt: int) -> Sample:
         row = self.lines.row(index)
