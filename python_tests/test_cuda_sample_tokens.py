@@ -296,7 +296,8 @@ def test_sample_tokens_rows_without_an_answer(emulated):
 
 def test_sample_tokens_refuses_rows_whose_options_cannot_be_meant(emulated):
     """The CPU kernel's caller gets an error; on a GPU nobody has looked before, so the row is invalid."""
-    wrong = [("guidance", torch.nan), ("temperature", -1.0), ("temperature", torch.inf), ("top_k", -1), ("top_p", 1.5)]
+    wrong = [("guidance", torch.nan), ("temperature", -1.0), ("temperature", torch.inf)]
+    wrong += [("top_k", -1), ("top_p", 1.5), ("top_p", -0.5)]
     for name, value in wrong:
         logits, *args = sample_args(2, 20, **{name: value})
         for given in (logits, torch.zeros(2, 4096)):  # equal ones would have an answer with any temperature
