@@ -138,10 +138,13 @@ def test_sample_tokens_top_k_ends_with_many_equal_logits(emulated):
     assert (ids % 25 == 7).all()
 
 
-def test_sample_tokens_filters_that_end_in_the_same_logit_under_every_schedule(emulated):
-    """Top-k and top-p end among the same 16 places, which are listed in any order."""
-    logits, seeds = torch.zeros(24, 4097), torch.arange(24)
-    args = (logits, seeds, torch.tensor(5), None, None, None, torch.tensor(140), torch.tensor(0.97).double())
+@pytest.mark.parametrize("vocab, every, k, rows", [(4097, 1, 140, 24), (28673, 13, 150, 12)])
+def test_sample_tokens_filters_that_end_in_the_same_logit_under_every_schedule(emulated, vocab, every, k, rows):
+    """Top-k and top-p end among the same places, which one warp lists, or two of them in any order."""
+    logits = torch.full((rows, vocab), -torch.inf)
+    logits[:, ::every] = 0.0
+    seeds, position, share = torch.arange(rows), torch.tensor(5), torch.tensor(0.97).double()
+    args = (logits, seeds, position, None, None, None, torch.tensor(k), share)
     same_bits_under_every_schedule(emulated, lambda: emulated.sample_tokens(*args)[0])
     check_same_ids(emulated, *args)
 

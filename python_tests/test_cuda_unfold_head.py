@@ -85,6 +85,12 @@ def test_unfold_head_rows(emulated, pictures, guided):
         check(emulated, args)
 
 
+def test_unfold_head_of_more_columns_than_warps(emulated):
+    """32 rows of seven times 32 columns, and 192 warps in the emulator's grid."""
+    for args in both(32, False, torch.bfloat16, layers=0, dim=208, window=1, vocab=19):
+        check(emulated, args)
+
+
 def test_unfold_head_eps(emulated):
     """As large as what it is added to."""
     for args in both(3, False, torch.float32, layers=1, eps=2.0):
@@ -111,6 +117,9 @@ def test_unfold_head_rows_without_an_answer(emulated):
         ids, valid = emulated.unfold_head(*args)
         assert valid.tolist() == [True, False, True] and ids[1, 0] == 0
         assert torch.equal(ids[::2], clean[::2])
+    for args in both(33, False, torch.bfloat16, layers=0):  # the last alone in a second pass
+        args[0][32] = torch.nan
+        assert emulated.unfold_head(*args)[1].tolist() == [True] * 32 + [False]
     for wrong in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=1.5)):
         # A whole tile of ids: past its end masses of a temperature below 0 would leave no answer either.
         for args in both(2, False, torch.float32, layers=0, dim=8, window=2, vocab=4096, **wrong):

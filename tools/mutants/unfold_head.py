@@ -37,7 +37,7 @@ add("item += warps)", "item += warps + 1)")
 # Launches.
 add("kSums<A> + kMostRows * sizeof(A)", "kSums<A>")
 add("sizeof(SampleBoard) + kMostRows * sizeof(Acc<T>)", "sizeof(SampleBoard)")
-add("shape.tiles, kWarps / shape.split)", "shape.tiles, 2 * kWarps / shape.split)")
+add("    q.kind = kind;\n", "")
 add("fits = fits && k % kPack<T> == 0;", "fits = fits && k % 2 == 0;")
 add("fits = fits && packs<T>(data, 1, nullptr, 0);", "")
 add("q.values = take(cache * kT);", "q.values = q.keys;")
