@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/array_ops.h"
+#include "bind/engine.h"
 #include "bind/torch_op.h"
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
@@ -103,6 +104,8 @@ STABLE_TORCH_LIBRARY_IMPL(synergen, CUDA, m){SYNERGEN_OPS(SYNERGEN_IMPLEMENT)}
 PYBIND11_MODULE(_C, m) {
   py::module_ kernels = m.def_submodule("kernels");
   bind::define_array_ops(kernels);
+  py::module_ engine = m.def_submodule("engine");
+  bind::define_engine(engine);
 
   m.def("build_info", [] {
     py::dict info;

@@ -24,6 +24,16 @@ def read_weights(path: Path, wanted: Mapping[str, Tensor], what: str) -> dict[st
         ValueError: not a safetensors file, or a weight is missing, surplus, of another shape, or numbers where integers
             are wanted (or the reverse); the first one by name.
     """
+    check_names(path, wanted, what)
+    state = load_file(str(path))
+    for name, value in state.items():
+        if value.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"{what}: {name} must be {wanted[name].dtype}, got {value.dtype} in {path}")
+    return state
+
+
+def check_names(path: Path, wanted: Mapping[str, Tensor], what: str) -> None:
+    """Refuse a safetensors file whose header has other names or shapes than ``wanted``, as `read_weights` does."""
     try:
         with safe_open(str(path), "pt") as f:
             found = {k: list(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
@@ -34,8 +44,3 @@ def read_weights(path: Path, wanted: Mapping[str, Tensor], what: str) -> dict[st
         if shapes.get(name) != found.get(name):
             ours, theirs = (s.get(name, "nothing") for s in (shapes, found))
             raise ValueError(f"{what}: {name} must be {ours}, got {theirs} in {path}")
-    state = load_file(str(path))
-    for name, value in state.items():
-        if value.is_floating_point() != wanted[name].is_floating_point():
-            raise ValueError(f"{what}: {name} must be {wanted[name].dtype}, got {value.dtype} in {path}")
-    return state

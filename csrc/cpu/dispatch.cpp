@@ -24,7 +24,8 @@ bool has(Isa isa) {
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq");
     case Isa::kAvx512Bf16:
-      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni");
 #endif
     default:
       return false;
@@ -88,6 +89,7 @@ Isa isa_of(const std::string& kernel) {
 #define SYNERGEN_IF(name, Params) \
   if (kernel == #name) return Isa::kAvx512Bf16;
   SYNERGEN_BF16_KERNELS(SYNERGEN_IF)
+  SYNERGEN_ENGINE_KERNELS(SYNERGEN_IF)
 #undef SYNERGEN_IF
   return Isa::kAvx512;
 }
@@ -111,5 +113,6 @@ Isa isa_of(const std::string& kernel) {
   void name(const Params& p) { return baseline::name(p); }
 #endif
 SYNERGEN_KERNELS(SYNERGEN_DEFINE)
+SYNERGEN_ENGINE_KERNELS(SYNERGEN_DEFINE)
 
 }  // namespace synergen::cpu

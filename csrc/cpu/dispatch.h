@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/params.h"
 #include "kernels.h"
 
 namespace synergen::cpu {

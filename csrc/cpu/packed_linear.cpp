@@ -1,0 +1,372 @@
+// packed_linear and pack_matrix on the CPU. Rows of x are laid out for the multiplication first, in
+// blocks of up to 12; then threads share the pairs of panels, and each pair meets all blocks while
+// it is in the caches.
+#include "common/dispatch.h"
+#include "cpu/packed_lines.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/vec_math.h"
+
+namespace synergen::cpu::SYNERGEN_ISA {
+namespace {
+
+using engine::Format;
+using engine::kLine;
+using engine::kPanel;
+using engine::Matrix;
+
+template <class W>
+constexpr bool kInteger = std::is_same_v<W, ByteLine> || std::is_same_v<W, NibbleLine>;
+template <class W>
+using XOf = std::conditional_t<kInteger<W>, XUnit, float>;
+
+// Rows of a block, at most: its sums of two panels stay in registers. Two panels at a time give two
+// chains of additions to a row, and a row alone still reads memory as fast as it comes.
+template <class W>
+constexpr int kMostRows =
+#if defined(__AVX512VNNI__)
+    12;
+#elif defined(__AVX512F__)
+    kInteger<W> ? 4 : 12;
+#elif defined(__AVX2__)
+    kInteger<W> ? 2 : 6;
+#else
+    2;
+#endif
+template <class W, int M>
+constexpr int kPanelsAtOnce =
+#if defined(__AVX512F__)
+    2;
+#elif defined(__AVX2__)
+    M <= 2 && !kInteger<W> ? 2 : 1;
+#else
+    1;
+#endif
+
+// Columns that are added one after another before they join the rest: see kChain in cpu/gemm.h.
+constexpr int64_t kChain = 128;
+
+constexpr int64_t kPair = 2 * kPanel;
+
+// Rows begin .. begin + rows of x, laid out: x[step of depth][rows], and of integers scale and
+// start[group][rows]. start is what the integers that stand for 0 add to a sum, with its sign
+// turned.
+template <class X>
+struct Block {
+  int64_t begin;
+  int rows;
+  X* x;
+  float* scale;
+  int32_t* start;
+};
+
+template <class W, int M, int P>
+inline void multiply(const Matrix& w, int64_t panel, const Block<float>& block, float (*out)[kPair]) {
+  constexpr int64_t kUnits = kChain / W::kSteps;
+  const int64_t units = w.units();
+  const char* data = static_cast<const char*>(w.data) + panel * units * kLine;
+  const float* x = block.x;
+  for (int64_t begin = 0; begin < units; begin += kUnits) {
+    const int64_t end = begin + kUnits < units ? begin + kUnits : units;
+    Lanes sum[M][P];
+    for (int64_t u = begin; u < end; ++u) {
+      W line[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) line[p] = W::load(data + (p * units + u) * kLine);
+#pragma GCC unroll 2
+      for (int s = 0; s < W::kSteps; ++s) {
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+          const VecF left(*x++);
+#pragma GCC unroll 2
+          for (int p = 0; p < P; ++p) sum[m][p] = fma(line[p].step[s], left, sum[m][p]);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        float* to = out[m] + p * kPanel;
+        (begin ? Lanes::load(to) + sum[m][p] : sum[m][p]).store(to);
+      }
+    }
+  }
+}
+
+template <class W, int M, int P>
+inline void multiply(const Matrix& w, int64_t panel, const Block<XUnit>& block, float (*out)[kPair]) {
+  const int64_t units = w.units(), groups = w.groups(), of_group = units / (groups ? groups : 1);
+  const char* data = static_cast<const char*>(w.data) + panel * units * kLine;
+  const bf16* scales = w.scales + panel * groups * kPanel;
+  const XUnit* x = block.x;
+  for (int64_t g = 0; g < groups; ++g) {
+    // Sums has no default: an array of them is filled below, before it is read.
+    alignas(Sums) char storage[sizeof(Sums) * M * P];
+    Sums(&sum)[M][P] = reinterpret_cast<Sums(&)[M][P]>(storage);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) sum[m][p] = Sums(block.start[g * M + m]);
+    }
+    for (int64_t u = g * of_group; u < (g + 1) * of_group; ++u) {
+      W line[P];
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) line[p] = W::load(data + (p * units + u) * kLine);
+#pragma GCC unroll 2
+      for (int s = 0; s < W::kSteps; ++s) {
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+          const XUnit left = *x++;
+#pragma GCC unroll 2
+          for (int p = 0; p < P; ++p) sum[m][p].add(line[p].step[s], left);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      const Lanes scale = Lanes::load(scales + (p * groups + g) * kPanel);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        float* to = out[m] + p * kPanel;
+        const Lanes by = scale * VecF(block.scale[g * M + m]), sums = sum[m][p].floats();
+        (g ? fma(sums, by, Lanes::load(to)) : fma(sums, by, Lanes{})).store(to);
+      }
+    }
+  }
+}
+
+// ---- x ------------------------------------------------------------------------------------------
+
+const float* row_of_x(const PackedLinearParams& p, int64_t row) {
+  return p.x + (p.x_index ? p.x_index[row] : row) * p.x_step;
+}
+
+void lay_out(const PackedLinearParams& p, const Block<float>& block) {
+  const int64_t depth = p.weight.depth();
+  for (int m = 0; m < block.rows; ++m) {
+    const float* from = row_of_x(p, block.begin + m);
+    float* to = block.x + m;
+    for (int64_t k = 0; k < p.weight.columns; ++k) to[k * block.rows] = from[k];
+    for (int64_t k = p.weight.columns; k < depth; ++k) to[k * block.rows] = 0;
+  }
+}
+
+// To the nearest integer, ties to even, below 2^22.
+inline float nearest(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+
+// The largest magnitude; NaN where there is a NaN or an infinity.
+float largest(const float* x, int64_t n) {
+  VecF most, odd;
+  for (int64_t i = 0; i < n; i += VecF::N) {
+    const VecF v = n - i < VecF::N ? load_part<VecF>(x + i, n - i) : VecF::load(x + i);
+    most = max(most, max(v, VecF(0.f) - v));
+    odd = odd + v * VecF(0.f);
+  }
+  return most.max() + odd.sum();
+}
+
+template <class W>
+void lay_out(const PackedLinearParams& p, const Block<XUnit>& block) {
+  const int64_t group = p.weight.group, groups = p.weight.groups(), rows = block.rows;
+  Scratch<float> part(group);
+  for (int m = 0; m < block.rows; ++m) {
+    const float* from = row_of_x(p, block.begin + m);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * group, left = p.weight.columns - begin;
+      const int64_t n = left < group ? left : group;
+      const float most = largest(from + begin, n);
+      const float scale = most / 127, by = 127 / most;
+      float sum = 0;
+      // Without a scale, or with NaN in its place, which must not become a number: zeros.
+      for (int64_t k = 0; k < n; ++k) part[k] = most > 0 ? nearest(from[begin + k] * by) : 0;
+      for (int64_t k = n; k < group; ++k) part[k] = 0;
+      for (int64_t k = 0; k < group; ++k) sum += part[k];  // exact: below 2^24
+      block.scale[g * rows + m] = scale;
+      block.start[g * rows + m] = -W::kZero * static_cast<int32_t>(sum);
+      XUnit* to = block.x + begin / 4 * rows + m;
+      for (int64_t k = 0; k < group; k += 4) {
+        const int32_t four[4] = {static_cast<int32_t>(part[k]), static_cast<int32_t>(part[k + 1]),
+                                 static_cast<int32_t>(part[k + 2]),
+                                 static_cast<int32_t>(part[k + 3])};
+        to[k / 4 * rows] = x_unit(four);
+      }
+    }
+  }
+}
+
+// ---- results ------------------------------------------------------------------------------------
+
+// out of rows of a block, for the columns of a pair of panels (or of the last one alone).
+void finish(const PackedLinearParams& p, int64_t panel, int64_t begin, int rows,
+            float (*sums)[kPair]) {
+  using V = VecF;
+  const int64_t first = panel * kPanel, left = p.weight.rows - first;
+  const int64_t n = left < kPair ? left : kPair;
+  for (int m = 0; m < rows; ++m) {
+    const int64_t row = p.out_index ? p.out_index[begin + m] : begin + m;
+    float* out = p.out + row * p.out_step;
+    if (p.bias) {
+      for (int64_t i = 0; i < n; ++i) sums[m][i] += p.bias[first + i];
+    }
+    if (p.epilogue == Epilogue::kSwiglu) {
+      for (int64_t i = 0; i < kPanel; i += V::N) {
+        const V gate = V::load(sums[m] + i);
+        (gate * sigmoid(gate) * V::load(sums[m] + kPanel + i)).store(out + first / 2 + i);
+      }
+    } else if (p.epilogue == Epilogue::kAdd) {
+      for (int64_t i = 0; i < n; ++i) out[first + i] += sums[m][i];
+    } else {
+      std::memcpy(out + first, sums[m], n * sizeof(float));
+    }
+  }
+}
+
+template <class W, int M>
+void run_block(const PackedLinearParams& p, int64_t panel, const Block<XOf<W>>& block) {
+  alignas(64) float sums[M][kPair];
+  const int64_t panels = p.weight.panels() - panel < 2 ? 1 : 2;
+  constexpr int P = kPanelsAtOnce<W, M>;
+  if (P == 2 && panels == 2) {
+    multiply<W, M, P>(p.weight, panel, block, sums);
+  } else {
+    for (int64_t i = 0; i < panels; ++i) {
+      multiply<W, M, 1>(p.weight, panel + i, block,
+                        reinterpret_cast<float(*)[kPair]>(sums[0] + i * kPanel));
+    }
+  }
+  finish(p, panel, block.begin, M, sums);
+}
+
+constexpr int kRowCounts[] = {12, 8, 6, 4, 3, 2, 1};
+
+template <class W, int I = 0>
+void run_block_of(const PackedLinearParams& p, int64_t panel, const Block<XOf<W>>& block) {
+  constexpr int M = kRowCounts[I];
+  if constexpr (M <= kMostRows<W>) {
+    if (block.rows == M) return run_block<W, M>(p, panel, block);
+  }
+  if constexpr (M > 1) run_block_of<W, I + 1>(p, panel, block);
+}
+
+template <class W>
+void run(const PackedLinearParams& p) {
+  using X = XOf<W>;
+  const int64_t steps = kInteger<W> ? p.weight.depth() / 4 : p.weight.depth();
+  const int64_t groups = p.weight.groups();
+  Scratch<X> x(p.rows * steps);
+  Scratch<float> scale(p.rows * groups);
+  Scratch<int32_t> start(p.rows * groups);
+  Scratch<Block<X>> blocks(p.rows);
+  int64_t count = 0;
+  for (int64_t done = 0; done < p.rows;) {
+    int rows = 1;
+    for (int m : kRowCounts) {
+      if (m <= kMostRows<W> && m <= p.rows - done) {
+        rows = m;
+        break;
+      }
+    }
+    blocks[count++] = {done, rows, x.data() + done * steps, scale.data() + done * groups,
+                       start.data() + done * groups};
+    done += rows;
+  }
+  // Laying out 4,096 columns takes some 2 us; less is not worth waking a thread.
+  const int64_t columns = kMostRows<W> * p.weight.depth();
+  parallel_for(count, ceil_div(32768, columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      if constexpr (kInteger<W>) {
+        lay_out<W>(p, blocks[b]);
+      } else {
+        lay_out(p, blocks[b]);
+      }
+    }
+  });
+  const int64_t pairs = ceil_div(p.weight.panels(), 2);
+  const int64_t work = p.weight.depth() * kPair * p.rows;  // of a pair
+  parallel_for(pairs, ceil_div(16384, work + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      for (int64_t b = 0; b < count; ++b) run_block_of<W>(p, 2 * pair, blocks[b]);
+    }
+  });
+}
+
+// ---- packing ------------------------------------------------------------------------------------
+
+void pack_integers(const Matrix& to, int most, const float* row, int64_t r, char* data,
+                   bf16* scales) {
+  for (int64_t g = 0; g < to.groups(); ++g) {
+    const float* from = row + g * to.group;
+    bf16& scale = scales[g * kPanel + r];
+    from_float(largest(from, to.group) / static_cast<float>(most), scale);
+    if (to_float(scale) == 0) from_float(1.f, scale);  // zeros, or too small for any scale
+    const float unit = to_float(scale);
+    for (int64_t k = 0; k < to.group; ++k) {
+      float q = unit == unit ? nearest(from[k] / unit) : 0;  // NaN stays in the scale
+      q = q > static_cast<float>(most) ? static_cast<float>(most) : q;
+      q = q < static_cast<float>(-most) ? static_cast<float>(-most) : q;
+      const int value = static_cast<int>(q) + most + 1;
+      const int64_t column = g * to.group + k, of = engine::columns_of_unit(to.format);
+      char& byte = data[column / of * kLine + r * 4 + column % 4];
+      if (of == 4) {
+        byte = static_cast<char>(value);
+      } else {
+        byte = static_cast<char>(column % 8 < 4 ? value : static_cast<uint8_t>(byte) | value << 4);
+      }
+    }
+  }
+}
+
+// One row of floats of the whole depth into its place in a panel.
+void pack_row(const Matrix& to, const float* row, int64_t r, char* data, bf16* scales) {
+  const int64_t depth = to.depth();
+  if (to.format == Format::kFloat32) {
+    for (int64_t k = 0; k < depth; ++k) std::memcpy(data + k * kLine + r * 4, row + k, 4);
+  } else if (to.format == Format::kBFloat16) {
+    for (int64_t k = 0; k < depth; ++k) {
+      bf16 value;
+      from_float(row[k], value);
+      std::memcpy(data + k / 2 * kLine + r * 4 + k % 2 * 2, &value, 2);
+    }
+  } else {
+    pack_integers(to, to.format == Format::kInt8 ? 127 : 7, row, r, data, scales);
+  }
+}
+
+}  // namespace
+
+void packed_linear(const PackedLinearParams& p) {
+  switch (p.weight.format) {
+    case Format::kFloat32:
+      return run<FloatLine>(p);
+    case Format::kBFloat16:
+      return run<HalfLine>(p);
+    case Format::kInt8:
+      return run<ByteLine>(p);
+    case Format::kInt4:
+      return run<NibbleLine>(p);
+  }
+}
+
+void pack_matrix(const PackMatrixParams& p) {
+  const Matrix& to = p.to;
+  const int64_t depth = to.depth(), panel_bytes = to.units() * kLine;
+  parallel_for(to.panels(), 1, [&](int64_t begin, int64_t end) {
+    Scratch<float> row(depth);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      char* data = static_cast<char*>(p.data) + panel * panel_bytes;
+      for (int64_t r = 0; r < kPanel; ++r) {
+        const int64_t i = panel * kPanel + r;
+        for (int64_t k = i < to.rows ? to.columns : 0; k < depth; ++k) row[k] = 0;
+        if (i < to.rows) {
+          const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2;
+          const char* from = static_cast<const char*>(p.from) + i * p.strides[0] * size;
+          load_row(p.dtype, from, p.strides[1], to.columns, row.data());
+        }
+        pack_row(to, row.data(), r, data, p.scales + panel * to.groups() * kPanel);
+      }
+    }
+  });
+}
+
+}  // namespace synergen::cpu::SYNERGEN_ISA
