@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pybind11
 import torch
 from torch import Tensor
 
@@ -43,6 +42,8 @@ def build(*targets: str) -> None:
             for stale in (cache, *BUILD.glob("synergen_simt*.so")):
                 stale.unlink()
         if not cache.is_file():
+            import pybind11  # not beside an installed package (tools/abi_check.sh)
+
             paths = (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}")
             paths += ("-DCMAKE_CXX_COMPILER=g++",)  # as in the other places that compile for the emulator
             _run("cmake", "-G", "Ninja", "-S", ROOT / "cmake" / "simt", "-B", BUILD, *paths)

@@ -213,7 +213,10 @@ def test_isa_is_the_best_there_is():
 @pytest.mark.parametrize("isa", [isa for isa in _C.available_isas() if isa != _C.current_isa()])
 def test_values_on_every_instruction_set(isa):
     """The other instruction sets pass the same value tests; each needs a process of its own."""
-    files = [str(TESTS / f"test_{op}.py") for op in ("rms_norm", "rope", "fold_tokens", "expert_ffn")]
+    files = [
+        str(TESTS / f"test_{op}.py")
+        for op in ("rms_norm", "rope", "fold_tokens", "expert_ffn", "packed_linear", "engine")
+    ]
     command = [
         sys.executable,
         "-m",

@@ -17,7 +17,7 @@ echo "abi-check: building a wheel with torch $built"
 
 echo "abi-check: installing it beside torch $later"
 "$python" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --no-compile "torch==$later" numpy pytest setuptools
+"$work/venv/bin/pip" install --quiet --no-compile "torch==$later" numpy pytest setuptools safetensors
 # The other requirements of the package play no part in its ops.
 "$work/venv/bin/pip" install --quiet --no-deps "$work"/synergen_ext-*.whl
 

@@ -32,11 +32,10 @@ Tensor floats(const char* name, const py::object& array, int64_t columns) {
   const Tensor t = view_of("engine", name, array, 0);
   check_dims("engine", name, t, "[rows, columns]", 2);
   check_dtype("engine", name, t, {DType::kFloat32});
-  const bool gaps = (t.size(1) > 1 && t.stride(1) != 1) ||
-                    (t.size(0) > 1 && t.stride(0) != t.size(1));
+  const bool gaps =
+      (t.size(1) > 1 && t.stride(1) != 1) || (t.size(0) > 1 && t.stride(0) != t.size(1));
   if (t.size(1) != columns || gaps) {
-    refuse("engine: ", name, " must be contiguous [rows, ", columns, "], got ",
-           to_string(t.sizes));
+    refuse("engine: ", name, " must be contiguous [rows, ", columns, "], got ", to_string(t.sizes));
   }
   return t;
 }
@@ -90,8 +89,8 @@ void define_matrix(py::module_& m) {
             return packed_view(name, format_of(format), rows, columns, group,
                                view_of("engine", name.c_str(), data, 0), by);
           },
-          py::arg("name"), py::arg("format"), py::arg("rows"), py::arg("columns"),
-          py::arg("group"), py::arg("data"), py::arg("scales") = py::none())
+          py::arg("name"), py::arg("format"), py::arg("rows"), py::arg("columns"), py::arg("group"),
+          py::arg("data"), py::arg("scales") = py::none())
       .def_property_readonly(
           "format", [](const Packed& p) { return kFormats[static_cast<int>(p.matrix.format)]; })
       .def_property_readonly("rows", [](const Packed& p) { return p.matrix.rows; })
@@ -205,10 +204,9 @@ std::vector<Ids> generate_text(Engine& e, const std::vector<Ids>& prompts,
 }
 
 py::list generate_interleaved(Engine& e, const Ids& prompt, const py::object& image_ids,
-                              const Ids& unconditional, int64_t max_new_tokens,
-                              const Ids& stop_ids, int64_t seed, double guidance,
-                              const py::tuple& text, const py::tuple& image,
-                              const py::object& on_progress) {
+                              const Ids& unconditional, int64_t max_new_tokens, const Ids& stop_ids,
+                              int64_t seed, double guidance, const py::tuple& text,
+                              const py::tuple& image, const py::object& on_progress) {
   Tensor keep;
   const Prompts all{{prompt}, pictures_of(image_ids, keep)};
   const Sampling words = sampling_of(text), codes = sampling_of(image);
@@ -246,9 +244,11 @@ void define_engine(py::module_& m) {
   py::register_exception<NotFinite>(m, "NotFinite", PyExc_FloatingPointError);
   using py::arg;
   py::class_<Engine>(m, "Engine")
-      .def(py::init([](const py::dict& sizes) { return std::make_unique<Engine>(sizes_of(sizes)); }),
-           arg("sizes"))
-      .def("put", [](Engine& e, const std::string& name, const Packed& p) { e.weights.put(name, p); })
+      .def(
+          py::init([](const py::dict& sizes) { return std::make_unique<Engine>(sizes_of(sizes)); }),
+          arg("sizes"))
+      .def("put",
+           [](Engine& e, const std::string& name, const Packed& p) { e.weights.put(name, p); })
       .def("put_vector",
            [](Engine& e, const std::string& name, const py::object& array) {
              e.weights.put_vector(name, view_of("engine", name.c_str(), array, 0));
@@ -259,9 +259,8 @@ void define_engine(py::module_& m) {
            })
       .def("bind", [](Engine& e) { e.weights.bind(); })
       .def_property_readonly("matrices", [](const Engine& e) { return e.weights.matrices; })
-      .def("generate_text", &generate_text, arg("prompts"), arg("image_ids"),
-           arg("max_new_tokens"), arg("stop_ids"), arg("sampling"), arg("seeds"),
-           arg("on_token") = py::none())
+      .def("generate_text", &generate_text, arg("prompts"), arg("image_ids"), arg("max_new_tokens"),
+           arg("stop_ids"), arg("sampling"), arg("seeds"), arg("on_token") = py::none())
       .def("paint", &paint, arg("prompts"), arg("unconditional"), arg("seeds"), arg("guidance"),
            arg("sampling"), arg("rows"), arg("columns"), arg("on_patch") = py::none())
       .def("generate_interleaved", &generate_interleaved, arg("prompt"), arg("image_ids"),
@@ -272,8 +271,8 @@ void define_engine(py::module_& m) {
           [](Engine& e, const Ids& prompt, const py::object& image_ids) {
             Tensor keep;
             const Prompts one{{prompt}, pictures_of(image_ids, keep)};
-            const py::object out = new_array(
-                "float32", {static_cast<int64_t>(prompt.size()), e.weights.sizes.dim});
+            const py::object out =
+                new_array("float32", {static_cast<int64_t>(prompt.size()), e.weights.sizes.dim});
             const Tensor to = view_of("engine", "out", out, 0, true);
             py::gil_scoped_release release;
             e.states(one, to.ptr<float>());
@@ -299,8 +298,7 @@ void define_engine(py::module_& m) {
             const Tensor from = floats("states", states, s.dim);
             const Tensor drawn = integers("ids", ids, "[N, window]", 2);
             check_shape("engine", "ids", drawn, "[N, window]", {from.size(0), s.window()});
-            const py::object out =
-                new_array("float32", {from.size(0), s.window(), s.codebook});
+            const py::object out = new_array("float32", {from.size(0), s.window(), s.codebook});
             const Tensor to = view_of("engine", "out", out, 0, true);
             py::gil_scoped_release release;
             e.head_logits(from.ptr<float>(), drawn.ptr<int64_t>(), from.size(0), to.ptr<float>());

@@ -61,7 +61,8 @@ struct Block {
 };
 
 template <class W, int M, int P>
-inline void multiply(const Matrix& w, int64_t panel, const Block<float>& block, float (*out)[kPair]) {
+inline void multiply(const Matrix& w, int64_t panel, const Block<float>& block,
+                     float (*out)[kPair]) {
   constexpr int64_t kUnits = kChain / W::kSteps;
   const int64_t units = w.units();
   const char* data = static_cast<const char*>(w.data) + panel * units * kLine;
@@ -95,7 +96,8 @@ inline void multiply(const Matrix& w, int64_t panel, const Block<float>& block, 
 }
 
 template <class W, int M, int P>
-inline void multiply(const Matrix& w, int64_t panel, const Block<XUnit>& block, float (*out)[kPair]) {
+inline void multiply(const Matrix& w, int64_t panel, const Block<XUnit>& block,
+                     float (*out)[kPair]) {
   const int64_t units = w.units(), groups = w.groups(), of_group = units / (groups ? groups : 1);
   const char* data = static_cast<const char*>(w.data) + panel * units * kLine;
   const bf16* scales = w.scales + panel * groups * kPanel;
@@ -232,7 +234,7 @@ void run_block(const PackedLinearParams& p, int64_t panel, const Block<XOf<W>>& 
   } else {
     for (int64_t i = 0; i < panels; ++i) {
       multiply<W, M, 1>(p.weight, panel + i, block,
-                        reinterpret_cast<float(*)[kPair]>(sums[0] + i * kPanel));
+                        reinterpret_cast<float (*)[kPair]>(sums[0] + i * kPanel));
     }
   }
   finish(p, panel, block.begin, M, sums);

@@ -1,4 +1,5 @@
-// A line of a packed matrix (engine/matrix.h) in registers, and the sums of 16 rows that it adds to.
+// A line of a packed matrix (engine/matrix.h) in registers, and the sums of 16 rows that it adds
+// to.
 #pragma once
 
 #include "cpu/vec.h"

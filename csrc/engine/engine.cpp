@@ -131,7 +131,8 @@ std::vector<Ids> Engine::generate_text(const Prompts& prompts, int64_t max_new_t
     const int64_t rows = static_cast<int64_t>(open.size());
     cpu::packed_linear({weights.output, Epilogue::kStore, rows, states.data(), s.dim, nullptr,
                         nullptr, logits.data(), s.vocab, nullptr});
-    session.draw(logits.data(), nullptr, rows, s.vocab, open_seeds, step, 1.0, sampling, ids.data());
+    session.draw(logits.data(), nullptr, rows, s.vocab, open_seeds, step, 1.0, sampling,
+                 ids.data());
     size_t left = 0;
     for (size_t r = 0; r < open.size(); ++r) {
       if (std::find(stop_ids.begin(), stop_ids.end(), ids[r]) != stop_ids.end()) continue;
@@ -195,8 +196,7 @@ std::vector<Segment> Engine::generate_interleaved(const Prompts& prompt, const I
   // Each picture is followed by an <eoi> that is not counted.
   const int64_t most = length + max_new_tokens + max_new_tokens / (patches + 1) + 1;
   check_room(s, most);
-  const int64_t capacity =
-      std::max(most, static_cast<int64_t>(unconditional.size()) + patches);
+  const int64_t capacity = std::max(most, static_cast<int64_t>(unconditional.size()) + patches);
   Session session(weights, guided ? 2 : 1, capacity, 2);
   Floats state(static_cast<size_t>(s.dim)), both(static_cast<size_t>(2 * s.dim));
   Floats logits(static_cast<size_t>(s.vocab + s.specials));

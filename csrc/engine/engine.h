@@ -78,11 +78,12 @@ class Engine {
   Weights weights;
 
   // The continuation of each prompt, until a stop id (left out) or max_new_tokens.
-  std::vector<Ids> generate_text(const Prompts& prompts, int64_t max_new_tokens, const Ids& stop_ids,
-                                 const Sampling& sampling, const Ids& seeds,
+  std::vector<Ids> generate_text(const Prompts& prompts, int64_t max_new_tokens,
+                                 const Ids& stop_ids, const Sampling& sampling, const Ids& seeds,
                                  const std::function<bool(int64_t row, int64_t id)>& on_token);
 
-  // ids [prompts, rows, columns] of one picture a prompt. `unconditional` may be empty: no guidance.
+  // ids [prompts, rows, columns] of one picture a prompt. `unconditional` may be empty: no
+  // guidance.
   void paint(const std::vector<Ids>& prompts, const Ids& unconditional, const Ids& seeds,
              double guidance, const Sampling& sampling, int64_t rows, int64_t columns,
              const Progress& progress, int64_t* ids);

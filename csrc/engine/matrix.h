@@ -7,9 +7,9 @@
 //   scales  [panel][group][row of panel] in bfloat16, of the integers alone
 //
 // An integer q stands for q * scale of its row and group. 8 bits hold q + 128; of the 4 bits a byte
-// i of a unit holds q + 8 of column i in its low half and of column 4 + i in its high half. Rows are
-// filled up to whole panels and columns to whole units, or groups, with zeros. No part depends on
-// the machine that packed it.
+// i of a unit holds q + 8 of column i in its low half and of column 4 + i in its high half. Rows
+// are filled up to whole panels and columns to whole units, or groups, with zeros. No part depends
+// on the machine that packed it.
 #pragma once
 
 #include <cstdint>

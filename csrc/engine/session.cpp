@@ -86,7 +86,8 @@ Session::Session(Weights& weights, int64_t sequences, int64_t capacity, int64_t 
 
 void Session::reserve(int64_t rows) {
   const auto fit = [rows](Floats& v, int64_t columns) {
-    if (static_cast<int64_t>(v.size()) < rows * columns) v.resize(static_cast<size_t>(rows * columns));
+    if (static_cast<int64_t>(v.size()) < rows * columns)
+      v.resize(static_cast<size_t>(rows * columns));
   };
   fit(x_, s_.dim);
   fit(normed_, s_.dim);
@@ -224,8 +225,8 @@ void Session::embed(const Ids& ids, size_t from, size_t n, const Pictures& pictu
           pictures.ids + window / of_picture * pictures.rows * pictures.columns;
       const int64_t top = patch / across * s_.fold_rows, left = patch % across * s_.fold_columns;
       for (int64_t j = 0; j < s_.window(); ++j) {
-        tokens.push_back(picture[(top + j / s_.fold_columns) * pictures.columns + left +
-                                 j % s_.fold_columns]);
+        tokens.push_back(
+            picture[(top + j / s_.fold_columns) * pictures.columns + left + j % s_.fold_columns]);
       }
       patches.push_back(patch);
       places.push_back(static_cast<int64_t>(i));

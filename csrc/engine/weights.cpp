@@ -97,7 +97,8 @@ Packed packed_view(const std::string& name, Format format, int64_t rows, int64_t
   check_group(name, format, group);
   if (rows < 1 || columns < 1 || rows > int64_t{1} << 40 || columns > int64_t{1} << 30 ||
       rows > (int64_t{1} << 50) / columns) {
-    refuse("engine: ", name, " must be [rows, columns] of a matrix, got [", rows, ", ", columns, "]");
+    refuse("engine: ", name, " must be [rows, columns] of a matrix, got [", rows, ", ", columns,
+           "]");
   }
   Matrix m{format, rows, columns, is_integer(format) ? group : 0};
   const auto bytes = [&](const char* what, const Tensor& t, int64_t wanted) {

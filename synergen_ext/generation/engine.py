@@ -255,7 +255,7 @@ def write_packed(path: Path, config: SynerGenConfig, read: packing.Read, formats
             made = pack(m.name, m.make(), m.form, m.group)
             if m.group:
                 scales[f"{m.name}.scales"] = torch.frombuffer(bytearray(made.scales()), dtype=torch.uint8)
-            yield m.name, torch.frombuffer(made.data(), dtype=torch.uint8)
+            yield m.name, torch.frombuffer(bytearray(made.data()), dtype=torch.uint8)
         yield from scales.items()
         for name, table in packing.tables(config, read, formats.floats):
             yield f"table.{name}", table

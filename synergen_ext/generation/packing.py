@@ -114,9 +114,7 @@ def matrices(c: SynerGenConfig, read: Read, formats: Formats) -> Iterator[Matrix
             return torch.cat([read(f"{source}.attention.w{x}.weight") for x in "qkv"])
 
         yield matrix(f"{name}.qkv", part, queries + 2 * keys, c.hidden_size, qkv)
-        yield matrix(
-            f"{name}.out", part, c.hidden_size, queries, lambda: read(f"{source}.attention.wo.weight")
-        )
+        yield matrix(f"{name}.out", part, c.hidden_size, queries, lambda: read(f"{source}.attention.wo.weight"))
         for suffix, expert in experts.items():
             place = f"{source}.feed_forward{expert}"
 

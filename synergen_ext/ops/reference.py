@@ -239,6 +239,28 @@ def dequantize_weight(values: Tensor, scale: Tensor) -> Tensor:
     return (wide * _wide(scale)[..., None]).flatten(-2).to(scale.dtype)
 
 
+def packed_linear(x: Tensor, w: Tensor, form: str, group: int = 0) -> Tensor:
+    """``x [R, K] w [N, K]^T`` in float64, as the native engine means it (csrc/engine/params.h).
+
+    Args:
+        form: "float32" or "bfloat16": w is rounded to it. "int8" or "int4": the magnitudes of w in each ``group``
+            columns are at most 127, or 7, times their scale, which is rounded to bfloat16; x is rounded to 8 bits in
+            the same groups.
+    """
+    if form in ("float32", "bfloat16"):
+        return x.double() @ w.to(getattr(torch, form)).double().T
+    most = 127.0 if form == "int8" else 7.0
+    fill = -w.shape[1] % group
+    w, x = (torch.nn.functional.pad(v.float(), (0, fill)).unflatten(1, (-1, group)) for v in (w, x))
+    scale = (w.abs().amax(-1, keepdim=True) / most).bfloat16().float()
+    scale = torch.where(scale == 0, 1.0, scale)
+    integers = (w / scale).round().clamp(-most, most)
+    largest = x.abs().amax(-1, keepdim=True)
+    rounded = torch.where(largest > 0, (x * (127 / largest)).round(), 0.0)
+    wide, narrow = (rounded.double() * (largest / 127).double()), integers.double() * scale.double()
+    return wide.flatten(1) @ narrow.flatten(1).T
+
+
 def expert_ffn_quantized(
     x: Tensor,
     gate: Tensor,
