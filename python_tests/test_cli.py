@@ -121,6 +121,21 @@ def test_generate_scale_one_saves_the_models_pixels(capsys, tiny, tmp_path):
         assert saved.text["guidance"] == "3.0"  # the checkpoint's own
 
 
+def test_generate_with_few_bits_and_previews(capsys, tiny, tmp_path, monkeypatch):
+    from synergen_ext.cli import paint
+
+    saved = []
+    monkeypatch.setattr(paint, "save_picture", lambda picture, path, *rest: saved.append((path.name, picture)))
+    base = ("generate", "a red cat", "--checkpoint", tiny, "--weights", "int4", "-n", 2, "-o", tmp_path / "cat.png")
+    code, out, err = run(capsys, *base, "--preview", 2)
+    assert (code, len(out.splitlines()), err) == (0, 2, "")
+    names = [name for name, _ in saved]
+    assert len(names) > 2 and names == ["cat-0.png", "cat-1.png"] * (len(names) // 2)
+    assert (np.asarray(saved[0][1])[-1] == 255).all()
+    code, out, err = run(capsys, *base[:4], "--weights", "int3")
+    assert code == 2 and "int3" in err
+
+
 def test_generate_count_goes_through_the_seeds(capsys, tiny, tmp_path):
     base = ("generate", "a red cat", "--checkpoint", tiny, "--scale", 1)
     code, out, err = run(capsys, *base, "-n", 3, "--seed", 5, "-o", tmp_path / "cat.png")
@@ -221,7 +236,7 @@ class Listener:
 def test_chat_conversation(capsys, picture, monkeypatch):
     from synergen_ext.cli import chat
 
-    monkeypatch.setattr(chat, "load_pipeline", lambda folder: Listener())
+    monkeypatch.setattr(chat, "load_pipeline", lambda folder, weights: Listener())
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\ntoo much\nthree\nfour\n"))
     code, out, err = run(capsys, "chat", picture)
     assert code == 0
@@ -234,7 +249,7 @@ def test_chat_conversation(capsys, picture, monkeypatch):
 def test_chat_without_memory(capsys, picture, monkeypatch):
     from synergen_ext.cli import chat
 
-    monkeypatch.setattr(chat, "load_pipeline", lambda folder: Listener())
+    monkeypatch.setattr(chat, "load_pipeline", lambda folder, weights: Listener())
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
     assert run(capsys, "chat", picture, "--history", 0)[1].splitlines() == ["one after []", "two after []"]
 

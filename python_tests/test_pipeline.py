@@ -8,6 +8,7 @@ import torch
 from cases import random_image_tokenizer, random_model
 from PIL import Image
 
+from synergen_ext.generation.engine import Engine
 from synergen_ext.generation.oracle import Sampling, generate_image_ids, generate_text
 from synergen_ext.generation.pipeline import MAX_PROMPT_TOKENS, Pipeline
 from synergen_ext.model import SynerGenConfig
@@ -346,6 +347,46 @@ def test_saved_is_loaded(pipeline, tmp_path, pictures):
     half = Pipeline.from_pretrained(str(tmp_path), torch.bfloat16)
     assert half.paint("a cat")[0].size == (96, 96)
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+
+
+# ---- the engine in the model's place ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save(pipeline, folder)
+    return folder
+
+
+def test_an_engine_paints_and_answers_alike(pipeline, folder, pictures):
+    engine = Pipeline.from_pretrained(folder, weights="float32")
+    assert isinstance(engine.model, Engine) and engine.config == pipeline.config
+    told: list[list[tuple[int, int]]] = [[], []]
+    painted = [
+        p.paint(PROMPTS, [1, 2, 3, 4, 5], batch=3, on_progress=lambda *now, to=to: to.append(now))
+        for p, to in zip((pipeline, engine), told, strict=True)
+    ]
+    assert all(same(*painted)) and told[0] == told[1] and told[0][-1] == (30, 30)
+    asked = [p.ask(pictures, QUESTIONS, max_new_tokens=6) for p in (pipeline, engine)]
+    assert asked[0] == asked[1]
+
+
+def test_previews_are_the_picture_so_far(pipeline, folder):
+    engine = Pipeline.from_pretrained(folder, weights="int8", packed=folder / "packed.safetensors")
+    seen: list[tuple[int, list[Image.Image]]] = []
+    painted = engine.paint(PROMPTS, batch=3, on_preview=lambda *now: seen.append(now), preview_every=2)
+    assert [(first, len(pictures)) for first, pictures in seen] == [(0, 3), (0, 3), (3, 2), (3, 2)]
+    for first, now in seen[::2]:  # 2 of 6 windows of 2 x 3 tokens: the upper third is painted
+        for picture, whole in zip(arrays(now), arrays(painted[first:]), strict=False):
+            assert (picture[32:] == 255).all() and picture.shape == whole.shape
+            assert picture[:32].std() > 5
+    with pytest.raises(ValueError, match="preview_every must be at least 1, got 0"):
+        engine.paint("a cat", on_preview=print, preview_every=0)
+    with pytest.raises(ValueError, match="previews need an engine"):
+        pipeline.paint("a cat", on_preview=print)
+    with pytest.raises(ValueError, match="packed is a file of the engine, so weights must be given too"):
+        Pipeline.from_pretrained(folder, packed=folder / "packed.safetensors")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "image_tokenizer.json"])

@@ -10,7 +10,7 @@ import typer
 
 from .checks import BadInput, check_checkpoint, check_file, check_text, open_picture, refusing
 from .console import load_pipeline, printable
-from .options import Checkpoint, examples
+from .options import Checkpoint, Format, Weights, examples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,6 +42,7 @@ def chat(
         ),
     ] = 2,
     checkpoint: Checkpoint = None,
+    weights: Weights = Format.float32,
 ) -> None:  # fmt: skip
     """Ask about a picture.
 
@@ -51,11 +52,11 @@ def chat(
     image = open_picture(check_file("picture", picture))
     if question is not None:
         question = check_text("question", question)
-        pipeline = load_pipeline(checkpoint)
+        pipeline = load_pipeline(checkpoint, weights.value)
         with refusing():
             print(printable(str(pipeline.ask(image, question))))
         return
-    converse(load_pipeline(checkpoint), image, history)
+    converse(load_pipeline(checkpoint, weights.value), image, history)
 
 
 def converse(pipeline: Pipeline, image: Image.Image, remembered: int) -> None:

@@ -48,10 +48,10 @@ def status(label: str) -> Iterator[None]:
         yield
 
 
-def load_pipeline(checkpoint: Path | None) -> Pipeline:
-    """The checkpoint in a folder, or the one that ships with the package."""
+def load_pipeline(checkpoint: Path | None, weights: str = "float32") -> Pipeline:
+    """The checkpoint in a folder, or the one that ships with the package, in the native engine."""
     with status("Loading the model"):
         from ..generation.pipeline import Pipeline
 
         with refusing():
-            return Pipeline.from_pretrained(checkpoint)
+            return Pipeline.from_pretrained(checkpoint, weights=weights)

@@ -18,7 +18,7 @@ from .checks import (
     refusing,
 )
 from .console import load_pipeline, printable, progress
-from .options import Checkpoint, Guidance, examples
+from .options import Checkpoint, Format, Guidance, Weights, examples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +49,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the pictures go.")] = Path("synergen-demo"),
     seed: Seed = 0,
     checkpoint: Checkpoint = None,
+    weights: Weights = Format.float32,
 ) -> None:
     """Paint eight pictures from words, describe six drawn pictures, and say where the results are."""
     from .. import demo as show
@@ -58,7 +59,7 @@ def demo(
     check_output_folder(out)
     with refusing():
         show.check_can_draw()
-    pipeline = load_pipeline(checkpoint)
+    pipeline = load_pipeline(checkpoint, weights.value)
     began = time.perf_counter()
     with progress("Painting") as on_progress, refusing():
         painted = show.paint(pipeline, out, seed, on_progress)
@@ -103,7 +104,15 @@ def generate(
             f" Default: the least that makes the short side {EASY_TO_SEE} pixels (4 for the package's checkpoint).",
         ),
     ] = None,
+    preview: Annotated[
+        int,
+        typer.Option(
+            "--preview", min=0, metavar="N",
+            help="Write each file every N patches while it is being painted, white where nothing is yet. 0: never.",
+        ),
+    ] = 0,
     checkpoint: Checkpoint = None,
+    weights: Weights = Format.float32,
 ) -> None:  # fmt: skip
     """Paint a picture from words.
 
@@ -114,15 +123,25 @@ def generate(
     check_guidance(guidance)
     check_checkpoint(checkpoint)
     check_output_file(output, ".png")
-    pipeline = load_pipeline(checkpoint)
+    pipeline = load_pipeline(checkpoint, weights.value)
     used = pipeline.config.guidance if guidance is None else guidance
     seeds = list(range(seed, seed + count))
-    with progress("Painting") as on_progress, refusing():
-        pictures = pipeline.paint([prompt] * count, seeds=seeds, guidance=guidance, on_progress=on_progress)
-    for number, picture in zip(seeds, pictures, strict=True):
-        path = output if count == 1 else output.with_stem(f"{output.stem}-{number}")
-        with refusing():
+
+    def save(first: int, pictures: list[Image.Image]) -> list[Path]:
+        paths = []
+        for number, picture in enumerate(pictures, seed + first):
+            path = output if count == 1 else output.with_stem(f"{output.stem}-{number}")
             save_picture(picture, path, prompt, number, used, scale)
+            paths.append(path)
+        return paths
+
+    with progress("Painting") as on_progress, refusing():
+        pictures = pipeline.paint(
+            [prompt] * count, seeds, guidance, on_progress=on_progress,
+            on_preview=save if preview else None, preview_every=max(preview, 1),
+        )  # fmt: skip
+        paths = save(0, pictures)
+    for path in paths:
         print(path)
 
 

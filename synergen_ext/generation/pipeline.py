@@ -16,7 +16,10 @@ from ..processing.image_tokenizer import ImageTokenizer, to_pixels, to_uint8
 from ..processing.pictures import fit_on_white, upright_rgb
 from ..processing.sequences import SequenceBuilder
 from ..processing.text import TextTokenizer
-from .oracle import Sampling, generate_image_ids, generate_text
+from . import oracle
+from .engine import Engine
+from .oracle import Sampling
+from .packing import Formats
 
 MAX_PROMPT_TOKENS = 256
 MAX_SEED = 2**63 - 1
@@ -28,7 +31,7 @@ def shipped_checkpoint() -> Path:
 
 
 class Pipeline:
-    """A model with its tokenizers.
+    """A model with its tokenizers: a `SynerGenVL`, which `oracle` runs step by step, or an `Engine`.
 
     >>> pipeline = Pipeline.from_pretrained()
     >>> picture = pipeline.paint("two red apples left of a blue car", seeds=7)[0]
@@ -36,21 +39,28 @@ class Pipeline:
     'two'
     """
 
-    def __init__(self, model: SynerGenVL, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> None:
+    def __init__(self, model: SynerGenVL | Engine, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> None:
         if image_tokenizer.codebook_size != model.config.codebook_size:
             raise ValueError(
                 f"image tokenizer has {image_tokenizer.codebook_size} codes, the model {model.config.codebook_size}"
             )
-        self.model, self.image_tokenizer, self.text = model.eval(), image_tokenizer.eval(), text
+        self.model = model if isinstance(model, Engine) else model.eval()
+        self.image_tokenizer, self.text = image_tokenizer.eval(), text
         self.config = model.config
         self.builder = SequenceBuilder(model.config, text)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
+    def from_pretrained(
+        cls, folder: str | Path | None = None, dtype: torch.dtype = torch.float32,
+        weights: Formats | str | None = None, packed: str | Path | None = None,
+    ) -> Pipeline:  # fmt: skip
         """Load a checkpoint folder; None loads the one in the package.
 
         Args:
             dtype: of the model's weights in memory. float32 reproduces the measured scores.
+            weights: load an `Engine`, which keeps matrices so: "float32", "bfloat16", "int8" or "int4", or by
+                `Formats`. Without it, a `SynerGenVL` in ``dtype``.
+            packed: the engine's file of packed weights, as in `Engine.from_pretrained`.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
@@ -59,8 +69,15 @@ class Pipeline:
         folder = shipped_checkpoint() if folder is None else Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"checkpoint: no folder {folder}")
+        if weights is None and packed is not None:
+            raise ValueError("checkpoint: packed is a file of the engine, so weights must be given too")
+        model: SynerGenVL | Engine = (
+            SynerGenVL.from_pretrained(folder, dtype)
+            if weights is None
+            else Engine.from_pretrained(folder, weights, packed)
+        )
         return cls(
-            SynerGenVL.from_pretrained(folder, dtype),
+            model,
             ImageTokenizer.from_pretrained(folder),
             TextTokenizer.load(folder),
         )
@@ -75,6 +92,7 @@ class Pipeline:
         self, prompts: str | Sequence[str], seeds: int | Sequence[int] = 0, guidance: float | None = None,
         temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, batch: int = 32,
         on_progress: Callable[[int, int], None] | None = None,
+        on_preview: Callable[[int, list[Image.Image]], object] | None = None, preview_every: int = 16,
     ) -> list[Image.Image]:  # fmt: skip
         """Paint one picture a prompt.
 
@@ -86,6 +104,8 @@ class Pipeline:
             temperature, top_k, top_p: sampling of image tokens; default: the checkpoint's own.
             batch: pictures painted together.
             on_progress: called with (patches done, patches in all).
+            on_preview: called with (number of the first, pictures so far), white where nothing is painted yet, after
+                every ``preview_every`` patches of the pictures that are painted together. With an `Engine` alone.
 
         Raises:
             ValueError: an empty or over-long prompt, or a setting out of range.
@@ -96,6 +116,9 @@ class Pipeline:
             raise ValueError(f"paint: seeds must be one or {len(prompts)}, got {len(given)}")
         seeds = [_whole("seed", seed, 0, MAX_SEED, "in [0, 2^63 - 1]") for seed in given]
         batch = _whole("batch", batch, 1, MAX_SEED, "at least 1")
+        preview_every = _whole("preview_every", preview_every, 1, MAX_SEED, "at least 1")
+        if on_preview and not isinstance(self.model, Engine):
+            raise ValueError("paint: previews need an engine: Pipeline.from_pretrained(weights=...)")
         c = self.config
         s = _number("guidance", c.guidance if guidance is None else guidance, 0, 50)
         sampling = Sampling(
@@ -107,20 +130,21 @@ class Pipeline:
         )
         rows = [self.builder.paint_prompt(self._checked(p, "prompt")) for p in prompts]
         unconditional = self.builder.paint_prompt(None)
-        total, done = len(rows) * c.image_tokens, 0
+        total = len(rows) * c.image_tokens
         pictures: list[Image.Image] = []
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
 
-            def progress(patch: int, _: int, before: int = done, width: int = len(part)) -> None:
+            def progress(
+                patch: int, _: int, ids: torch.Tensor | None = None, first: int = start, width: int = len(part)
+            ) -> None:
                 if on_progress:
-                    on_progress(before + patch * width, total)
+                    on_progress(first * c.image_tokens + patch * width, total)
+                if on_preview and ids is not None and patch % preview_every == 0 and patch < c.image_tokens:
+                    on_preview(first, self._pictures(ids))
 
-            ids = generate_image_ids(
-                self.model, part, unconditional, seeds[start : start + batch], s, sampling, on_patch=progress
-            )
-            done += len(part) * c.image_tokens
-            pictures += [Image.fromarray(p) for p in to_uint8(self.image_tokenizer.decode(ids)).numpy()]
+            ids = self._painted(part, unconditional, seeds[start : start + batch], s, sampling, progress)
+            pictures += self._pictures(ids)
         return pictures
 
     def ask(
@@ -157,9 +181,33 @@ class Pipeline:
         for start in range(0, len(rows), batch):
             stop = start + batch
             ids = self.image_ids(images[start:stop])
-            out = generate_text(self.model, rows[start:stop], ids, max_new_tokens, (self.text.im_end, self.text.eos))
+            out = self._words(rows[start:stop], ids, max_new_tokens, (self.text.im_end, self.text.eos))
             answers += [self.text.decode(o).strip() for o in out]
         return answers[0] if single and isinstance(questions, str) else answers
+
+    def _painted(
+        self, prompts: list[list[int]], unconditional: list[int], seeds: list[int], guidance: float,
+        sampling: Sampling, on_patch: Callable[..., None],
+    ) -> torch.Tensor:  # fmt: skip
+        if isinstance(self.model, Engine):
+            return self.model.generate_image_ids(prompts, unconditional, seeds, guidance, sampling, on_patch=on_patch)
+        return oracle.generate_image_ids(
+            self.model, prompts, unconditional, seeds, guidance, sampling, on_patch=on_patch
+        )
+
+    def _words(
+        self, prompts: list[list[int]], image_ids: torch.Tensor, max_new_tokens: int, stop_ids: tuple[int, ...]
+    ) -> list[list[int]]:
+        if isinstance(self.model, Engine):
+            return self.model.generate_text(prompts, image_ids, max_new_tokens, stop_ids)
+        return oracle.generate_text(self.model, prompts, image_ids, max_new_tokens, stop_ids)
+
+    def _pictures(self, ids: torch.Tensor) -> list[Image.Image]:
+        """Of ids ``[N, h, w]``; white where they are -1."""
+        pixels = to_uint8(self.image_tokenizer.decode(ids.clamp_min(0)))
+        stride = self.image_tokenizer.stride
+        blank = (ids < 0).repeat_interleave(stride, 1).repeat_interleave(stride, 2)
+        return [Image.fromarray(p) for p in pixels.masked_fill(blank[..., None], 255).numpy()]
 
     def image_ids(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """Image token ids ``[N, h, w]`` of pictures, each fitted into the model's size on white."""
