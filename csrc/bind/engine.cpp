@@ -106,6 +106,13 @@ void define_matrix(py::module_& m) {
             return bytes_of(p.matrix.scales, p.matrix.scale_count() * int64_t{sizeof(bf16)});
           },
           py::keep_alive<0, 1>())
+      .def("read",
+           [](const Packed& p) {  // its bytes, in 8-byte words added up
+             uint64_t sum = 0;
+             py::gil_scoped_release release;
+             cpu::read_bytes({p.matrix.data, p.matrix.data_bytes() / kLine, &sum});
+             return sum;
+           })
       .def(
           "linear",
           [](const Packed& p, const py::object& x, py::object out, bool swiglu) {

@@ -48,6 +48,12 @@ constexpr int64_t kChain = 128;
 
 constexpr int64_t kPair = 2 * kPanel;
 
+// Bytes between a line and the one that is asked for beside it, at the size of the head's matrices.
+// Without asking, the time of reading and that of multiplying add up: 2 rows of bfloat16 read at 79
+// % of the speed of plain reading, of 8 bits at 82 %; 1 KB ahead 90 and 80, 2 KB 98 and 94, 4 KB
+// 102 and 86, 8 KB 116 and 85 (one core of two, beside other work).
+constexpr int64_t kAhead = 4096;
+
 // Rows begin .. begin + rows of x, laid out: x[step of depth][rows], and of integers scale and
 // start[group][rows]. start is what the integers that stand for 0 add to a sum, with its sign
 // turned.
@@ -73,7 +79,11 @@ inline void multiply(const Matrix& w, int64_t panel, const Block<float>& block,
     for (int64_t u = begin; u < end; ++u) {
       W line[P];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) line[p] = W::load(data + (p * units + u) * kLine);
+      for (int p = 0; p < P; ++p) {
+        const char* from = data + (p * units + u) * kLine;
+        __builtin_prefetch(from + kAhead, 0, 2);
+        line[p] = W::load(from);
+      }
 #pragma GCC unroll 2
       for (int s = 0; s < W::kSteps; ++s) {
 #pragma GCC unroll 12
@@ -114,7 +124,11 @@ inline void multiply(const Matrix& w, int64_t panel, const Block<XUnit>& block,
     for (int64_t u = g * of_group; u < (g + 1) * of_group; ++u) {
       W line[P];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) line[p] = W::load(data + (p * units + u) * kLine);
+      for (int p = 0; p < P; ++p) {
+        const char* from = data + (p * units + u) * kLine;
+        __builtin_prefetch(from + kAhead, 0, 2);
+        line[p] = W::load(from);
+      }
 #pragma GCC unroll 2
       for (int s = 0; s < W::kSteps; ++s) {
 #pragma GCC unroll 12
@@ -168,31 +182,39 @@ float largest(const float* x, int64_t n) {
   return most.max() + odd.sum();
 }
 
+// The integers of one group of a row, n numbers and then zeros, into units that lie `step` apart;
+// their sum.
+int32_t round_group(const float* from, int64_t n, int64_t group, float by, XUnit* to,
+                    int64_t step) {
+#if defined(__AVX512VNNI__)
+  return round_sixteen(from, n, group, by, to, step);
+#else
+  int32_t sum = 0;
+  for (int64_t k = 0; k < group; k += 4, to += step) {
+    int32_t four[4];
+    for (int i = 0; i < 4; ++i) {
+      four[i] = k + i < n ? static_cast<int32_t>(nearest(from[k + i] * by)) : 0;
+      sum += four[i];
+    }
+    *to = x_unit(four);
+  }
+  return sum;
+#endif
+}
+
 template <class W>
 void lay_out(const PackedLinearParams& p, const Block<XUnit>& block) {
   const int64_t group = p.weight.group, groups = p.weight.groups(), rows = block.rows;
-  Scratch<float> part(group);
   for (int m = 0; m < block.rows; ++m) {
     const float* from = row_of_x(p, block.begin + m);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * group, left = p.weight.columns - begin;
-      const int64_t n = left < group ? left : group;
-      const float most = largest(from + begin, n);
-      const float scale = most / 127, by = 127 / most;
-      float sum = 0;
+      const float most = largest(from + begin, left < group ? left : group);
       // Without a scale, or with NaN in its place, which must not become a number: zeros.
-      for (int64_t k = 0; k < n; ++k) part[k] = most > 0 ? nearest(from[begin + k] * by) : 0;
-      for (int64_t k = n; k < group; ++k) part[k] = 0;
-      for (int64_t k = 0; k < group; ++k) sum += part[k];  // exact: below 2^24
-      block.scale[g * rows + m] = scale;
-      block.start[g * rows + m] = -W::kZero * static_cast<int32_t>(sum);
-      XUnit* to = block.x + begin / 4 * rows + m;
-      for (int64_t k = 0; k < group; k += 4) {
-        const int32_t four[4] = {static_cast<int32_t>(part[k]), static_cast<int32_t>(part[k + 1]),
-                                 static_cast<int32_t>(part[k + 2]),
-                                 static_cast<int32_t>(part[k + 3])};
-        to[k / 4 * rows] = x_unit(four);
-      }
+      const int64_t n = most > 0 ? (left < group ? left : group) : 0;
+      block.scale[g * rows + m] = most / 127;
+      block.start[g * rows + m] = -W::kZero * round_group(from + begin, n, group, 127 / most,
+                                                          block.x + begin / 4 * rows + m, rows);
     }
   }
 }

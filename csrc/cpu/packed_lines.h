@@ -94,6 +94,22 @@ inline XUnit x_unit(const int32_t (&x)[4]) {
   for (int i = 0; i < 4; ++i) unit |= static_cast<uint32_t>(x[i] & 255) << (8 * i);
   return static_cast<XUnit>(unit);
 }
+// As round_group in packed_linear.cpp, for 16 columns at a time.
+inline int32_t round_sixteen(const float* from, int64_t n, int64_t group, float by, XUnit* to,
+                             int64_t step) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t k = 0; k < group; k += 16, to += 4 * step) {
+    const int64_t left = n - k, most = group - k < 16 ? group - k : 16;
+    const __mmask16 there = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    const __m512 x = _mm512_maskz_loadu_ps(there, from + k);
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(by)));
+    sum = _mm512_add_epi32(sum, q);
+    alignas(16) XUnit units[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(units), _mm512_cvtepi32_epi8(q));
+    for (int64_t i = 0; i < most / 4; ++i) to[i * step] = units[i];
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
 using Quads = __m512i;
 inline Quads bytes_of(const char* p) { return _mm512_loadu_si512(p); }
 inline void nibbles_of(const char* p, Quads& low, Quads& high) {
@@ -104,7 +120,11 @@ inline void nibbles_of(const char* p, Quads& low, Quads& high) {
 struct Sums {
   __m512i v;
   explicit Sums(int32_t start) : v(_mm512_set1_epi32(start)) {}
-  void add(const Quads& w, XUnit x) { v = _mm512_dpbusd_epi32(v, w, _mm512_set1_epi32(x)); }
+  void add(const Quads& w, XUnit x) {
+    // As an intrinsic GCC 12 copies the sum before and after each product: 190 products a
+    // nanosecond for 64 rows of 8 bits, 300 so (Zen 5, one core).
+    asm("vpdpbusd %2, %1, %0" : "+v"(v) : "v"(w), "v"(_mm512_set1_epi32(x)));
+  }
   Lanes floats() const { return {{_mm512_cvtepi32_ps(v)}}; }
 };
 

@@ -54,10 +54,18 @@ struct AppendKeysParams {
   int64_t sequence_step;
 };
 
+// Reads all bytes once, as fast as it can: what memory allows, for benchmarks.
+struct ReadBytesParams {
+  const void* data;  // lines of 64 bytes
+  int64_t lines;
+  uint64_t* sum;  // of all 8-byte words
+};
+
 #define SYNERGEN_ENGINE_KERNELS(X)     \
   X(pack_matrix, PackMatrixParams)     \
   X(packed_linear, PackedLinearParams) \
-  X(append_keys, AppendKeysParams)
+  X(append_keys, AppendKeysParams)     \
+  X(read_bytes, ReadBytesParams)
 
 namespace cpu {
 #define SYNERGEN_DECLARE(name, Params) void name(const Params& p);
