@@ -6,6 +6,7 @@
 #include "bind/array_op.h"
 #include "engine/engine.h"
 #include "engine/params.h"
+#include "engine/workspace.h"
 
 namespace synergen::bind {
 namespace {
@@ -126,9 +127,15 @@ void define_matrix(py::module_& m) {
             if (to.size(0) != from.size(0)) refuse("engine: out must have the rows of x");
             {
               py::gil_scoped_release release;
-              cpu::packed_linear({p.matrix, swiglu ? Epilogue::kSwiglu : Epilogue::kStore,
-                                  from.size(0), from.ptr<float>(), p.matrix.columns, nullptr,
-                                  nullptr, to.ptr<float>(), columns, nullptr});
+              PackedLinearParams l{p.matrix,         swiglu ? Epilogue::kSwiglu : Epilogue::kStore,
+                                   from.size(0),     from.ptr<float>(),
+                                   p.matrix.columns, nullptr,
+                                   nullptr,          to.ptr<float>(),
+                                   columns,          nullptr,
+                                   nullptr};
+              Workspace workspace;
+              l.scratch = workspace.fit(scratch_bytes(l));
+              cpu::packed_linear(l);
             }
             return out;
           },

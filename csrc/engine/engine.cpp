@@ -129,8 +129,7 @@ std::vector<Ids> Engine::generate_text(const Prompts& prompts, int64_t max_new_t
   Ids open_seeds = seeds, ids(static_cast<size_t>(n));
   for (int64_t step = 0; step < max_new_tokens && !open.empty(); ++step) {
     const int64_t rows = static_cast<int64_t>(open.size());
-    cpu::packed_linear({weights.output, Epilogue::kStore, rows, states.data(), s.dim, nullptr,
-                        nullptr, logits.data(), s.vocab, nullptr});
+    session.linear(weights.output, nullptr, rows, states.data(), s.dim, logits.data(), s.vocab);
     session.draw(logits.data(), nullptr, rows, s.vocab, open_seeds, step, 1.0, sampling,
                  ids.data());
     size_t left = 0;
@@ -205,7 +204,7 @@ std::vector<Segment> Engine::generate_interleaved(const Prompts& prompt, const I
   std::vector<Segment> out;
   Ids words;
   for (int64_t spent = 0; spent < max_new_tokens;) {
-    text_logits(state.data(), 1, logits.data());
+    session.text_logits(state.data(), 1, logits.data());
     // Never the model's to write here.
     logits[eoi] = logits[uncond] = -std::numeric_limits<float>::infinity();
     int64_t token = 0;
@@ -254,14 +253,7 @@ void Engine::states(const Prompts& prompt, float* out) {
 }
 
 void Engine::text_logits(const float* states, int64_t rows, float* out) {
-  weights.bind();
-  const Sizes& s = weights.sizes;
-  const auto part = [&](const Matrix& weight, float* to) {
-    cpu::packed_linear({weight, Epilogue::kStore, rows, states, s.dim, nullptr, nullptr, to,
-                        s.vocab + s.specials, nullptr});
-  };
-  part(weights.output, out);
-  part(weights.special_output, out + s.vocab);
+  Session(weights, 1, 1, 1).text_logits(states, rows, out);
 }
 
 void Engine::head_logits(const float* states, const int64_t* ids, int64_t rows, float* out) {

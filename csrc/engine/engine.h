@@ -58,6 +58,7 @@ class Cache {
 struct Place {
   std::vector<int64_t> sequences, positions;
   std::vector<int64_t> of_text, of_image;  // rows by the FFN that they take
+  bool prompt = false;  // rows of one sequence lie together; otherwise each has one row
   void clear();
   void add(int64_t sequence, int64_t position, bool image);
   int64_t rows() const { return static_cast<int64_t>(sequences.size()); }

@@ -40,7 +40,14 @@ struct PackedLinearParams {
   float* out;         // [.., weight.rows]; weight.rows / 2 for kSwiglu
   int64_t out_step;
   const int64_t* out_index;
+  void* scratch;  // of the caller's, 64-byte aligned, scratch_bytes() of it
 };
+
+// x as it is laid out for the product, at most: 4 bytes a column, and a scale and a start a group.
+inline int64_t scratch_bytes(const PackedLinearParams& p) {
+  const engine::Matrix& w = p.weight;
+  return p.rows * (w.depth() * 4 + w.groups() * 8 + 64) + 256;
+}
 
 // Turns the queries of each row by its position, as rope does, and puts its keys, turned, and its
 // values into a cache.
@@ -54,6 +61,16 @@ struct AppendKeysParams {
   int64_t sequence_step;
 };
 
+// Attention of rows one after another of one sequence, positions first .. first + rows - 1, each
+// over the keys up to its own.
+struct PrefillAttentionParams {
+  int64_t rows, first, heads, kv_heads, dim;
+  float scale;
+  const float* q;              // [rows, heads + 2 kv_heads, dim]: what append_keys leaves
+  const float *keys, *values;  // [first + rows, kv_heads, dim]
+  float* out;                  // [rows, heads, dim]
+};
+
 // Reads all bytes once, as fast as it can: what memory allows, for benchmarks.
 struct ReadBytesParams {
   const void* data;  // lines of 64 bytes
@@ -61,10 +78,11 @@ struct ReadBytesParams {
   uint64_t* sum;  // of all 8-byte words
 };
 
-#define SYNERGEN_ENGINE_KERNELS(X)     \
-  X(pack_matrix, PackMatrixParams)     \
-  X(packed_linear, PackedLinearParams) \
-  X(append_keys, AppendKeysParams)     \
+#define SYNERGEN_ENGINE_KERNELS(X)             \
+  X(pack_matrix, PackMatrixParams)             \
+  X(packed_linear, PackedLinearParams)         \
+  X(append_keys, AppendKeysParams)             \
+  X(prefill_attention, PrefillAttentionParams) \
   X(read_bytes, ReadBytesParams)
 
 namespace cpu {

@@ -37,13 +37,6 @@ void fill_angles(const Sizes& s, int64_t positions, Floats& cosines, Floats& sin
   }
 }
 
-void linear(const Matrix& weight, const float* bias, int64_t rows, const float* x, int64_t x_step,
-            float* out, int64_t out_step, Epilogue epilogue = Epilogue::kStore,
-            const int64_t* x_index = nullptr, const int64_t* out_index = nullptr) {
-  if (rows == 0) return;
-  cpu::packed_linear({weight, epilogue, rows, x, x_step, x_index, bias, out, out_step, out_index});
-}
-
 void gelu(float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * static_cast<float>(M_SQRT1_2)));
@@ -84,6 +77,16 @@ Session::Session(Weights& weights, int64_t sequences, int64_t capacity, int64_t 
   reserve(rows);
 }
 
+void Session::linear(const Matrix& weight, const float* bias, int64_t rows, const float* x,
+                     int64_t x_step, float* out, int64_t out_step, Epilogue epilogue,
+                     const int64_t* x_index, const int64_t* out_index) {
+  if (rows == 0) return;
+  PackedLinearParams p{weight, epilogue, rows,     x,         x_step, x_index,
+                       bias,   out,      out_step, out_index, nullptr};
+  p.scratch = laid_out_.fit(scratch_bytes(p));
+  cpu::packed_linear(p);
+}
+
 void Session::reserve(int64_t rows) {
   const auto fit = [rows](Floats& v, int64_t columns) {
     if (static_cast<int64_t>(v.size()) < rows * columns)
@@ -112,18 +115,16 @@ void Session::normalise(const float* x, const float* weight, int64_t rows, float
   cpu::rms_norm(p);
 }
 
-// mixed_ = attention of qkv_'s queries over the cache, each row up to its own position. Rows of one
-// sequence share its keys; rows of sequences one after another lie a sequence apart: both are one
-// call.
+// mixed_ = attention of qkv_'s queries over the cache, each row up to its own position. Rows of
+// sequences one after another lie a sequence apart: one call.
 void Session::attend(Cache& cache, int64_t layer, const Place& place) {
   const int64_t rows = place.rows(), qkv = s_.queries() + 2 * s_.keys();
   lengths_.resize(static_cast<size_t>(rows));
   for (int64_t r = 0; r < rows; ++r) lengths_[r] = place.positions[r] + 1;
   for (int64_t begin = 0; begin < rows;) {
     const int64_t first = place.sequences[begin];
-    const bool same = begin + 1 < rows && place.sequences[begin + 1] == first;
     int64_t end = begin + 1;
-    while (end < rows && place.sequences[end] == (same ? first : first + end - begin)) ++end;
+    while (end < rows && place.sequences[end] == first + end - begin) ++end;
     DecodeAttentionParams p{};
     p.dtype = DType::kFloat32;
     p.batch = end - begin;
@@ -138,12 +139,29 @@ void Session::attend(Cache& cache, int64_t layer, const Place& place) {
     p.q_strides[2] = 1;
     p.k = cache.keys(layer) + first * cache.sequence_step;
     p.v = cache.values(layer) + first * cache.sequence_step;
-    const int64_t strides[4] = {same ? 0 : cache.sequence_step, s_.keys(), s_.head_dim, 1};
+    const int64_t strides[4] = {cache.sequence_step, s_.keys(), s_.head_dim, 1};
     std::copy_n(strides, 4, p.k_strides);
     std::copy_n(strides, 4, p.v_strides);
     p.lengths = {lengths_.data() + begin, 1};
     p.out = mixed_.data() + begin * s_.queries();
     cpu::decode_attention(p);
+    begin = end;
+  }
+}
+
+// The same for rows that lie together by sequence, positions rising by one.
+void Session::attend_prompt(Cache& cache, int64_t layer, const Place& place) {
+  const int64_t rows = place.rows(), qkv = s_.queries() + 2 * s_.keys();
+  for (int64_t begin = 0; begin < rows;) {
+    const int64_t sequence = place.sequences[begin];
+    int64_t end = begin + 1;
+    while (end < rows && place.sequences[end] == sequence) ++end;
+    const float scale = 1 / std::sqrt(static_cast<float>(s_.head_dim));
+    cpu::prefill_attention({end - begin, place.positions[begin], s_.heads, s_.kv_heads, s_.head_dim,
+                            scale, qkv_.data() + begin * qkv,
+                            cache.keys(layer) + sequence * cache.sequence_step,
+                            cache.values(layer) + sequence * cache.sequence_step,
+                            mixed_.data() + begin * s_.queries()});
     begin = end;
   }
 }
@@ -172,7 +190,11 @@ void Session::layers(const Stack& stack, Cache& cache, const Place& place, float
                       (backbone ? sines_ : head_sines_).data(), place.positions.data(),
                       place.sequences.data(), cache.keys(static_cast<int64_t>(l)),
                       cache.values(static_cast<int64_t>(l)), cache.sequence_step});
-    attend(cache, static_cast<int64_t>(l), place);
+    if (place.prompt) {
+      attend_prompt(cache, static_cast<int64_t>(l), place);
+    } else {
+      attend(cache, static_cast<int64_t>(l), place);
+    }
     linear(layer.out, nullptr, rows, mixed_.data(), s_.queries(), x, s_.dim, Epilogue::kAdd);
     normalise(x, layer.ffn_norm, rows, normed_.data());
     if (!backbone) {
@@ -249,6 +271,7 @@ void Session::prefill(const std::vector<int64_t>& sequences, const Prompts& prom
   };
   std::vector<Piece> pieces;
   Place place;
+  place.prompt = true;
   int64_t window = 0, done = 0;
   const auto run = [&] {
     const int64_t rows = place.rows();
@@ -351,6 +374,12 @@ void Session::unfold(const float* states, int64_t n, int64_t copies, const Ids& 
          seeds, patch * window + j, guidance, sampling, drawn.data());
     for (int64_t i = 0; i < n; ++i) ids[i * window + j] = drawn[i];
   }
+}
+
+void Session::text_logits(const float* states, int64_t rows, float* out) {
+  const int64_t columns = s_.vocab + s_.specials;
+  linear(w_.output, nullptr, rows, states, s_.dim, out, columns);
+  linear(w_.special_output, nullptr, rows, states, s_.dim, out + s_.vocab, columns);
 }
 
 void Session::draw(const float* logits, const float* uncond, int64_t rows, int64_t vocab,

@@ -3,6 +3,7 @@
 
 #include "engine/engine.h"
 #include "engine/params.h"
+#include "engine/workspace.h"
 
 namespace synergen::engine {
 
@@ -40,6 +41,13 @@ class Session {
   void head_input(const float* states, const int64_t* ids, int64_t rows, int64_t n, int64_t j,
                   int64_t ids_step, float* x) const;
 
+  void linear(const Matrix& weight, const float* bias, int64_t rows, const float* x, int64_t x_step,
+              float* out, int64_t out_step, Epilogue epilogue = Epilogue::kStore,
+              const int64_t* x_index = nullptr, const int64_t* out_index = nullptr);
+
+  // Logits [rows, vocab + specials].
+  void text_logits(const float* states, int64_t rows, float* out);
+
   void draw(const float* logits, const float* uncond, int64_t rows, int64_t vocab, const Ids& seeds,
             int64_t position, double guidance, const Sampling& sampling, int64_t* ids) const;
 
@@ -50,6 +58,7 @@ class Session {
              float* out);
   void layers(const Stack& stack, Cache& cache, const Place& place, float* x);
   void attend(Cache& cache, int64_t layer, const Place& place);
+  void attend_prompt(Cache& cache, int64_t layer, const Place& place);
   void ffn(const Layer& layer, int expert, const std::vector<int64_t>* rows, int64_t count,
            float* x);
   void normalise(const float* x, const float* weight, int64_t rows, float* out) const;
@@ -60,7 +69,8 @@ class Session {
   std::unique_ptr<Cache> head_cache_;
   Floats cosines_, sines_, head_cosines_, head_sines_;
   Floats normed_, qkv_, mixed_, hidden_, x_, folded_, wide_, logits_;
-  std::vector<int64_t> lengths_, draws_;
+  std::vector<int64_t> lengths_;
+  Workspace laid_out_;
 };
 
 }  // namespace synergen::engine

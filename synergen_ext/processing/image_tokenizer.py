@@ -112,6 +112,9 @@ class ImageTokenizer(nn.Module):
             h = cast(nn.Module, layer.conv)(h)
             h = h * torch.sigmoid(h)
         h, quant = h[:, :, 0].chunk(2, dim=0)
+        if h.dtype == torch.bfloat16 and h.device.type == "cpu":
+            # Emu3's own, 512 x 512 pixels: 18 against 23 s (2 cores beside other work); float32 is no faster so.
+            h, quant = (a.contiguous(memory_format=torch.channels_last) for a in (h, quant))
         h = decoder.conv_in(h)
         h = decoder.middle_block(h, quant)
         h = decoder.up_block(h, quant)
