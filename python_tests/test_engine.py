@@ -1,7 +1,9 @@
 """The native engine against the oracle: the same ids, whatever the batch, the cut of a prompt and the file."""
 
 import dataclasses
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -344,6 +346,21 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
 def test_the_shipped_checkpoint_loads():
     engine = Engine.from_pretrained(shipped_checkpoint(), "int4")
     assert engine.config.codebook_size == 192 and engine.nbytes < 12e6
+
+
+# ---- the page ---------------------------------------------------------------------------------------
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[1] / "docs" / "engine.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    assert capsys.readouterr().out == "two\n"
+    assert names["engine"].formats.of("head") == "int8"
 
 
 # ---- refusals ---------------------------------------------------------------------------------------

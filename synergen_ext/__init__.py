@@ -10,7 +10,7 @@ from typing import Any
 
 from ._version import __version__
 
-__all__ = ["__version__", "build_info"]
+__all__ = ["Engine", "__version__", "build_info"]
 
 
 def _submodules() -> set[str]:
@@ -25,6 +25,10 @@ def build_info() -> dict[str, Any]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Engine":
+        from .generation.engine import Engine
+
+        return Engine
     if name in _submodules():
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
