@@ -213,6 +213,18 @@ def test_integers_cost_little_on_the_shipped_model():
     assert sizes["int4"] < 0.17 * sizes["float32"]
 
 
+def test_prompts_may_be_short():
+    """Of bfloat16: states move by its rounding; steps of one token are as before."""
+    model = float_model("tiny", torch.bfloat16)
+    c = model.config
+    long, short = (Engine.from_model(model, Formats("bfloat16", activations=a)) for a in ("float32", "bfloat16"))
+    ids = text_ids(c, 40)
+    a, b = long.states(ids), short.states(ids)
+    assert 1e-4 < float((a - b).norm() / a.norm()) < 0.03
+    states, windows = torch.randn(3, c.hidden_size), torch.randint(c.codebook_size, (3, c.window))
+    assert torch.equal(long.head_logits(states, windows), short.head_logits(states, windows))
+
+
 def test_parts_may_have_formats_of_their_own():
     model = float_model("tiny")
     engine = Engine.from_model(model, Formats("float32", head="int8", output="bfloat16", group={"int8": 32}))
@@ -395,6 +407,8 @@ def test_what_cannot_be_is_refused():
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=expected):
             call()
+    with pytest.raises(ValueError, match="activations must be float32 or bfloat16, got 'int8'"):
+        Formats("int8", activations="int8")
     for formats, expected in {
         ("int3",): "backbone must be one of float32, bfloat16, int8, int4, got 'int3'",
         ("int8", "float8"): "head must be one of .* got 'float8'",

@@ -39,6 +39,19 @@ def test_products_are_accurate(form, group, n, k):
         assert_as_accurate(ours, F.linear(x, w.to(getattr(torch, form)).float()), truth)
 
 
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_products_of_short_x_are_accurate(n, k):
+    """Beside bfloat16, x may be rounded to bfloat16 too; beside others that changes nothing."""
+    w, x = normal(n, k, seed=1) / k**0.5, normal(max(ROWS), k)
+    p = packed(w, "bfloat16", 0)
+    truth = reference.packed_linear(x.bfloat16(), w, "bfloat16")
+    ours = linear(p, x, short_x=True)
+    assert (ours - truth).abs().max() <= 2e-6 * truth.abs().max().clamp_min(1)
+    assert torch.equal(torch.cat([linear(p, row[None], short_x=True) for row in x]), ours)
+    p = packed(w, "int8", 64)
+    assert torch.equal(linear(p, x, short_x=True), linear(p, x))
+
+
 @pytest.mark.parametrize(("form", "group"), FORMATS)
 def test_accurate_whatever_the_number_of_rows(form, group):
     """The same bits for a row alone, beside others, and on one thread."""

@@ -116,7 +116,7 @@ void define_matrix(py::module_& m) {
            })
       .def(
           "linear",
-          [](const Packed& p, const py::object& x, py::object out, bool swiglu) {
+          [](const Packed& p, const py::object& x, py::object out, bool swiglu, bool short_x) {
             const Tensor from = floats("x", x, p.matrix.columns);
             if (swiglu && p.matrix.rows % (2 * kPanel)) {
               refuse("engine: rows must be a multiple of 32 for swiglu, got ", p.matrix.rows);
@@ -132,14 +132,15 @@ void define_matrix(py::module_& m) {
                                    p.matrix.columns, nullptr,
                                    nullptr,          to.ptr<float>(),
                                    columns,          nullptr,
-                                   nullptr};
+                                   short_x,          nullptr};
               Workspace workspace;
               l.scratch = workspace.fit(scratch_bytes(l));
               cpu::packed_linear(l);
             }
             return out;
           },
-          py::arg("x"), py::arg("out") = py::none(), py::arg("swiglu") = false);
+          py::arg("x"), py::arg("out") = py::none(), py::arg("swiglu") = false,
+          py::arg("short_x") = false);
 }
 
 engine::Sizes sizes_of(const py::dict& given) {
@@ -167,6 +168,7 @@ engine::Sizes sizes_of(const py::dict& given) {
   s.grid_columns = whole_number("grid_columns");
   s.token_dim = whole_number("token_dim");
   s.head_layers = whole_number("head_layers");
+  s.short_prompts = py::cast<bool>(given["short_prompts"]);
   s.eps = py::cast<double>(given["eps"]);
   s.theta = py::cast<double>(given["theta"]);
   if (s.heads % s.kv_heads || s.head_dim % 2 || s.specials != 3) {

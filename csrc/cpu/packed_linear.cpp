@@ -18,7 +18,17 @@ using engine::Matrix;
 template <class W>
 constexpr bool kInteger = std::is_same_v<W, ByteLine> || std::is_same_v<W, NibbleLine>;
 template <class W>
-using XOf = std::conditional_t<kInteger<W>, XUnit, float>;
+struct XOfLine {
+  using type = std::conditional_t<kInteger<W>, XUnit, float>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct XOfLine<PairLine> {
+  using type = XPair;
+};
+#endif
+template <class W>
+using XOf = typename XOfLine<W>::type;
 
 // Rows of a block, at most: its sums of two panels stay in registers. Two panels at a time give two
 // chains of additions to a row, and a row alone still reads memory as fast as it comes.
@@ -72,13 +82,12 @@ struct Block {
   int32_t* start;
 };
 
-template <class W, int M, int P>
-inline void multiply(const Matrix& w, int64_t panel, const Block<float>& block,
-                     float (*out)[kPair]) {
-  constexpr int64_t kUnits = kChain / W::kSteps;
+template <class W, int M, int P, class X>
+inline void multiply(const Matrix& w, int64_t panel, const Block<X>& block, float (*out)[kPair]) {
+  constexpr int64_t kUnits = kChain / W::kColumns;
   const int64_t units = w.units();
   const char* data = static_cast<const char*>(w.data) + panel * units * kLine;
-  const float* x = block.x;
+  const X* x = block.x;
   for (int64_t begin = 0; begin < units; begin += kUnits) {
     const int64_t end = begin + kUnits < units ? begin + kUnits : units;
     Lanes sum[M][P];
@@ -94,7 +103,7 @@ inline void multiply(const Matrix& w, int64_t panel, const Block<float>& block,
       for (int s = 0; s < W::kSteps; ++s) {
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-          const VecF left(*x++);
+          const auto left = broadcast(*x++);
 #pragma GCC unroll 2
           for (int p = 0; p < P; ++p) sum[m][p] = fma(line[p].step[s], left, sum[m][p]);
         }
@@ -164,15 +173,45 @@ const float* row_of_x(const PackedLinearParams& p, int64_t row) {
   return p.x + (p.x_index ? p.x_index[row] : row) * p.x_step;
 }
 
+inline float shortened(float x) {
+  bf16 y;
+  from_float(x, y);
+  return to_float(y);
+}
+
+template <class W>
 void lay_out(const PackedLinearParams& p, const Block<float>& block) {
   const int64_t depth = p.weight.depth();
+  const bool shorten = p.short_x && std::is_same_v<W, HalfLine>;
   for (int m = 0; m < block.rows; ++m) {
     const float* from = row_of_x(p, block.begin + m);
     float* to = block.x + m;
-    for (int64_t k = 0; k < p.weight.columns; ++k) to[k * block.rows] = from[k];
+    for (int64_t k = 0; k < p.weight.columns; ++k) {
+      to[k * block.rows] = shorten ? shortened(from[k]) : from[k];
+    }
     for (int64_t k = p.weight.columns; k < depth; ++k) to[k * block.rows] = 0;
   }
 }
+
+#if defined(__AVX512BF16__)
+template <class W>
+void lay_out(const PackedLinearParams& p, const Block<XPair>& block) {
+  const int64_t n = p.weight.columns;
+  for (int m = 0; m < block.rows; ++m) {
+    const float* from = row_of_x(p, block.begin + m);
+    for (int64_t k = 0; k < n; k += 32) {
+      bf16 part[32] = {};
+      const int64_t left = n - k < 32 ? n - k : 32;
+      int64_t i = 0;
+      for (; i + VecF::N <= left; i += VecF::N) VecF::load(from + k + i).store(part + i);
+      for (; i < left; ++i) from_float(from[k + i], part[i]);
+      for (i = 0; i < left; i += 2) {
+        std::memcpy(&block.x[(k + i) / 2 * block.rows + m], part + i, sizeof(XPair));
+      }
+    }
+  }
+}
+#endif
 
 // To the nearest integer, ties to even, below 2^22.
 inline float nearest(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
@@ -282,7 +321,7 @@ void run_block_of(const PackedLinearParams& p, int64_t panel, const Block<XOf<W>
 template <class W>
 void run(const PackedLinearParams& p) {
   using X = XOf<W>;
-  const int64_t steps = kInteger<W> ? p.weight.depth() / 4 : p.weight.depth();
+  const int64_t steps = p.weight.units() * W::kSteps;
   const int64_t groups = p.weight.groups();
   // In this order, so that each is aligned.
   Block<X>* blocks = static_cast<Block<X>*>(p.scratch);
@@ -305,11 +344,7 @@ void run(const PackedLinearParams& p) {
   const int64_t columns = kMostRows<W> * p.weight.depth();
   parallel_for(count, ceil_div(32768, columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      if constexpr (kInteger<W>) {
-        lay_out<W>(p, blocks[b]);
-      } else {
-        lay_out(p, blocks[b]);
-      }
+      lay_out<W>(p, blocks[b]);
     }
   });
   const int64_t pairs = ceil_div(p.weight.panels(), 2);
@@ -379,6 +414,9 @@ void packed_linear(const PackedLinearParams& p) {
     case Format::kFloat32:
       return run<FloatLine>(p);
     case Format::kBFloat16:
+#if defined(__AVX512BF16__)
+      if (p.short_x) return run<PairLine>(p);
+#endif
       return run<HalfLine>(p);
     case Format::kInt8:
       return run<ByteLine>(p);

@@ -45,9 +45,10 @@ inline Lanes fma(const Lanes& a, const B& b, const Lanes& c) {
   return d;
 }
 
-// Each format's Line holds kSteps steps; a step meets one number of x, or four neighbours (XUnit).
+// Each format's Line holds kSteps steps; a step meets one number of x, or some neighbours: a pair
+// of bfloat16, four integers (XUnit). kColumns: of a line.
 struct FloatLine {
-  static constexpr int kSteps = 1;
+  static constexpr int kSteps = 1, kColumns = 1;
   Lanes step[kSteps];
   static FloatLine load(const char* p) {
     return {{Lanes::load(reinterpret_cast<const float*>(p))}};
@@ -55,7 +56,7 @@ struct FloatLine {
 };
 
 struct HalfLine {
-  static constexpr int kSteps = 2;
+  static constexpr int kSteps = 2, kColumns = 2;
   Lanes step[kSteps];
   static HalfLine load(const char* p) {
     HalfLine line;
@@ -82,6 +83,30 @@ struct HalfLine {
     return line;
   }
 };
+
+#if defined(__AVX512BF16__)
+
+// The same line beside x in bfloat16: both products of a pair in one instruction.
+struct PairLine {
+  static constexpr int kSteps = 1, kColumns = 2;
+  struct Pairs {
+    __m512i v;
+  };
+  Pairs step[kSteps];
+  static PairLine load(const char* p) { return {{{_mm512_loadu_si512(p)}}}; }
+};
+struct XPair {
+  uint32_t bits;
+};
+inline PairLine::Pairs broadcast(XPair x) { return {_mm512_set1_epi32(static_cast<int>(x.bits))}; }
+inline Lanes fma(PairLine::Pairs w, PairLine::Pairs x, Lanes sum) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v[0].v) : "v"(w.v), "v"(x.v));
+  return sum;
+}
+
+#endif
+
+inline VecF broadcast(float x) { return VecF(x); }
 
 // Four integers of x for each row of 64 weights without a sign (Quads), and 16 sums of such
 // products (Sums), exact. With VNNI one instruction multiplies and adds all 64; without, numbers

@@ -40,6 +40,7 @@ struct PackedLinearParams {
   float* out;         // [.., weight.rows]; weight.rows / 2 for kSwiglu
   int64_t out_step;
   const int64_t* out_index;
+  bool short_x;   // beside bfloat16 weights: x is rounded to bfloat16 too
   void* scratch;  // of the caller's, 64-byte aligned, scratch_bytes() of it
 };
 

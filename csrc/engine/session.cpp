@@ -81,8 +81,8 @@ void Session::linear(const Matrix& weight, const float* bias, int64_t rows, cons
                      int64_t x_step, float* out, int64_t out_step, Epilogue epilogue,
                      const int64_t* x_index, const int64_t* out_index) {
   if (rows == 0) return;
-  PackedLinearParams p{weight, epilogue, rows,     x,         x_step, x_index,
-                       bias,   out,      out_step, out_index, nullptr};
+  PackedLinearParams p{weight, epilogue, rows,     x,         x_step,   x_index,
+                       bias,   out,      out_step, out_index, short_x_, nullptr};
   p.scratch = laid_out_.fit(scratch_bytes(p));
   cpu::packed_linear(p);
 }
@@ -275,7 +275,9 @@ void Session::prefill(const std::vector<int64_t>& sequences, const Prompts& prom
   int64_t window = 0, done = 0;
   const auto run = [&] {
     const int64_t rows = place.rows();
+    short_x_ = s_.short_prompts;
     layers(w_.backbone, cache, place, x_.data());
+    short_x_ = false;
     int64_t row = 0;
     for (const Piece& piece : pieces) {
       row += static_cast<int64_t>(piece.n);

@@ -71,6 +71,7 @@ class Session {
   Floats normed_, qkv_, mixed_, hidden_, x_, folded_, wide_, logits_;
   std::vector<int64_t> lengths_;
   Workspace laid_out_;
+  bool short_x_ = false;
 };
 
 }  // namespace synergen::engine

@@ -17,6 +17,7 @@ struct Sizes {
   int64_t vocab, specials;  // text ids; <boi>, <eoi> and <UNCOND> follow them
   int64_t codebook, fold_rows, fold_columns, grid_rows, grid_columns, token_dim, head_layers;
   double eps, theta;
+  bool short_prompts;  // activations of prompts are bfloat16 beside weights in bfloat16
 
   int64_t window() const { return fold_rows * fold_columns; }
   int64_t queries() const { return heads * head_dim; }

@@ -46,7 +46,7 @@ class Engine:
     def __init__(self, config: SynerGenConfig, formats: Formats) -> None:
         self.config, self.formats = config, formats
         self._module = load().engine
-        self._native = self._module.Engine(packing.sizes(config))
+        self._native = self._module.Engine(packing.sizes(config, formats))
         self._kept: list[Any] = []  # arrays and files that the native side looks into
 
     # ---- loading ----------------------------------------------------------------------------------------------
