@@ -2,10 +2,10 @@
 
     python tools/kill_run.py --kills 20
 
-A third of the kills wait for a file that is just being written (a checkpoint, as a rule), a third for a step, and a
-third come at any moment after the start. Every step that was taken, also those taken again after a resume, must have
-the losses and gradient norm of the unbroken run to the bit, and the last weights the same bytes. With several processes
-every fourth kill takes one of them, and the others must end by themselves with one line that says so.
+A third of the kills come while a checkpoint is being written, a third around a step, and a third at any moment after
+the start. Every step that was taken, also those taken again after a resume, must have the losses and gradient norm of
+the unbroken run to the bit, and the last weights the same bytes. With several processes every fourth kill takes one of
+them, and the others must end by themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -42,26 +43,39 @@ def ended(pids: list[int]) -> bool:
 
 
 def until_moment(rng: random.Random, kind: str, out: Path, pids: list[int]) -> bool:
-    """Wait for the moment to kill; False: the run ended before it came."""
-    if kind == "any":
-        wanted, moment = (lambda: True), rng.uniform(0, 1.5)
-    elif kind == "step":
-        more = lines(out) + rng.randint(1, 4)
-        wanted, moment = (lambda: lines(out) >= more), rng.uniform(0, 0.05)
-    else:
-        skip, seen = rng.randint(0, 2), set[str]()
+    """Wait for the moment to kill and stop the processes there; False: the run ended before it came."""
+    old, more, writes = set(half_written(out)), lines(out) + rng.randint(1, 4), rng.randint(0, 1)
 
-        def wanted() -> bool:
-            seen.update(half_written(out))
-            return len(seen) > skip and bool(half_written(out))
+    def half() -> bool:
+        return any(name.startswith("state") and name not in old for name in half_written(out))
 
-        moment = rng.uniform(0, 0.004)
-    while not wanted():
-        if ended(pids):
-            return False
-        time.sleep(0.0003)
-    time.sleep(moment)
-    return not ended(pids)
+    if kind == "write":
+        for _ in range(writes):  # let some of them pass
+            while not half() and not ended(pids):
+                time.sleep(0.0003)
+            while half() and not ended(pids):
+                time.sleep(0.0003)
+    while not ended(pids):
+        if kind == "any":
+            time.sleep(rng.uniform(0, 1.5))
+        elif kind == "step":
+            while lines(out) < more and not ended(pids):
+                time.sleep(0.0003)
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            while not half() and not ended(pids):
+                time.sleep(0.0003)
+            time.sleep(rng.uniform(0, 0.003))
+        send(signal.SIGSTOP, pids)
+        if kind != "write" or half():
+            return not ended(pids)
+        send(signal.SIGCONT, pids)  # too late for this one
+    return False
+
+
+def send(what: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, what)
 
 
 def check(whole: Path, broken: Path) -> None:
@@ -107,18 +121,20 @@ def main() -> int:
             runs += 1
             while True:
                 kind = ("write", "step", "any")[kills % 3]
+                old = half_written(out)
                 pids = start(recipe, out, args.processes)
                 if kills == args.kills or not until_moment(rng, kind, out, pids):
                     break
                 one = args.processes > 1 and kills % 4 == 3
                 if one:
                     kill([pids.pop(rng.randrange(args.processes))])
+                    send(signal.SIGCONT, pids)
                     left = wait(pids, 60)
                     assert all(code == 1 for code in left), f"after one process was lost the others ended with {left}"
                 else:
                     kill(pids)
                 kills += 1
-                half = half_written(out)
+                half = [name for name in half_written(out) if name not in old]
                 in_writes += bool(half)
                 shown = f"one of {args.processes}" if one else "all"
                 print(f"kill {kills}: {kind}, {shown}, after {lines(out)} steps; half-written: {half}", flush=True)

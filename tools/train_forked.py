@@ -2,15 +2,18 @@
 
     python tools/train_forked.py jobs.json
 
-runs jobs one after another: ``[{"recipe": FILE, "out": FOLDER, "processes": N}, ...]``. Beside what a run writes, its
-folder then holds ``exact.txt``, every step's losses and gradient norm to the bit, and ``rank-N.txt``, what each
+runs jobs one after another: ``[{"recipe": FILE, "out": FOLDER, "processes": N}, ...]``. A job with a ``limit`` has a
+disk that is full for its last process, which writes no file longer than that, and must fail. Beside what a run writes,
+its folder then holds ``exact.txt``, every step's losses and gradient norm to the bit, and ``rank-N.txt``, what each
 process said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -31,6 +34,10 @@ from synergen_ext.training.data import train_text_tokenizer
 from synergen_ext.training.sources.conversations import Captions, Conversations
 from synergen_ext.training.sources.files import Lines
 from synergen_ext.training.sources.tokens import write_tokens
+
+with contextlib.suppress(ImportError):  # the extra `train`; a run imports them, here they are paid once
+    import matplotlib.pyplot  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
 
 GRID, SIZE, CODES = (4, 8), (32, 64), 64
 EXACT = "exact.txt"
@@ -101,7 +108,7 @@ def exact(out: Path) -> list[tuple[str, str]]:
     return [(line.split("|")[0], line.split("|")[1].strip()) for line in lines if line.endswith(";\n")]
 
 
-def start(recipe: Path, out: Path, processes: int) -> list[int]:
+def start(recipe: Path, out: Path, processes: int, limit: int = 0) -> list[int]:
     """Fork the processes of one run; returns their ids."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -114,6 +121,8 @@ def start(recipe: Path, out: Path, processes: int) -> list[int]:
         if pid == 0:
             code = 1
             try:
+                if limit and rank == processes - 1:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                 code = _process(recipe, out, rank, processes, port)
             finally:
                 os._exit(code)
@@ -175,9 +184,9 @@ def main() -> int:
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         began = time.monotonic()
-        codes = wait(start(Path(job["recipe"]), Path(job["out"]), job["processes"]))
+        codes = wait(start(Path(job["recipe"]), Path(job["out"]), job["processes"], job.get("limit", 0)))
         print(f"{job['out']}: {job['processes']} processes, {codes}, {time.monotonic() - began:.1f} s", flush=True)
-        if any(codes) != job.get("fails", False):
+        if any(codes) != ("limit" in job):
             print((Path(job["out"]) / "rank-0.txt").read_text(), flush=True)
             return 1
     return 0

@@ -33,6 +33,7 @@ from .sources.batches import Rules, SourceBatches
 from .sources.build import Wanted, build_mixture, check_paths
 from .sources.order import mix
 from .sources.tokenize import encoder
+from .stores import FileStore
 from .tokenizer import train_tokenizer
 from .world import World, losing
 
@@ -169,11 +170,10 @@ class _Run:
                     self.image_tokenizer().codebook if stage.place_codes else None,
                 )  # fmt: skip
             state = whole_state(model, self.world)
-            if self.world.rank == 0:
-                if isinstance(batches, SourceBatches):
-                    print(f"stage {stage.name}:\n{batches.summary()}")
-                rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-                save_state(finished, state, {"stage": stage.name, "step": stage.steps, "rng": rng})
+            if self.world.rank == 0 and isinstance(batches, SourceBatches):
+                print(f"stage {stage.name}:\n{batches.summary()}")
+            rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+            FileStore(finished, self.world).save(state, {"stage": stage.name, "step": stage.steps, "rng": rng})
             del state
             if is_sharded(model):
                 self.world.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
@@ -122,7 +124,9 @@ class FolderStore:
         for name, stored in reader.read_metadata().state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)  # safetensors hold nothing else
             tensors[name] = allocate(name, stored.properties.dtype, stored.size)
-        dcp.load(tensors, storage_reader=reader, no_dist=self.world.size == 1)
+        alone = self.world.size == 1
+        if error := _run(lambda: dcp.load(tensors, storage_reader=reader, no_dist=alone)).exception():
+            raise ValueError(f"training state: {self._found} cannot be read: {_one_line(error)}") from error
         return tensors
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -204,15 +208,16 @@ def _serial(path: Path) -> int:
 def _run(work: Callable[[], Any]) -> Future[Any]:
     future: Future[Any] = Future()
     try:
-        future.set_result(work())
-    except Exception as e:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is in one process
+            future.set_result(work())
+    except (Exception, CheckpointException) as e:  # the latter is no Exception
         future.set_exception(e)
     return future
 
 
 def _one_line(error: BaseException) -> str:
     """The cause that a checkpoint's many wrappings carry."""
-    failures = getattr(error, "failures", None)  # of every process, by its number
-    if failures:
-        error = next(iter(failures.values()))[0]
+    if isinstance(error, CheckpointException) and error.failures:  # of every process, by its number
+        error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
