@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from synergen_ext.model import SynerGenConfig
 from synergen_ext.model.modeling import IGNORE
 from synergen_ext.training.data import Batch
 from synergen_ext.training.microbatch import accumulate, split
 from synergen_ext.training.parallel import check_shares
-from synergen_ext.training.recipe import ParallelRecipe, parse_recipe
+from synergen_ext.training.recipe import GuardRecipe, ParallelRecipe, parse_recipe
 from synergen_ext.training.stores import META_FILE, FolderStore
 from synergen_ext.training.world import LostProcess, World, losing
 
@@ -262,3 +263,12 @@ def test_a_lost_process_is_one_line():
         with pytest.raises(RuntimeError) as caught, losing(world, "go on"):
             raise error
         assert caught.value is error
+
+
+def test_the_page_shows_a_recipe_that_is_taken():
+    page = (TOOLS.parent / "docs" / "training.md").read_text()
+    part = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    recipe = parse_recipe({**SMALL, **part})
+    assert recipe.parallel == ParallelRecipe("hsdp", 2, 2, True)
+    assert recipe.guard == GuardRecipe("skip", 10.0, 20, 10)
+    assert GuardRecipe(explode=0.0, after=20, max_skips=10) == GuardRecipe("stop")
