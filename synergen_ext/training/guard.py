@@ -21,7 +21,7 @@ class BadStep(FloatingPointError):
 
 
 class Guard:
-    """Judges each step by what all processes agree on, and keeps the means of the good ones."""
+    """Judges each step by what all processes agree on, and keeps the means of the good ones, where `explode` needs them."""
 
     def __init__(self, recipe: GuardRecipe, out: Path, world: World) -> None:
         self.recipe, self.out, self.world = recipe, out, world
@@ -49,7 +49,7 @@ class Guard:
                     break
         if self.world.sum([bool(why)])[0]:
             raise BadStep(self.world.agree(why))
-        for name, value in figures.items():
+        for name, value in figures.items() if self.recipe.explode else ():
             self.means[name] = _KEEP * self.means.get(name, value) + (1 - _KEEP) * value
         self.steps, self.skipped = self.steps + 1, 0
 
