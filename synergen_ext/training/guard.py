@@ -21,7 +21,7 @@ class BadStep(FloatingPointError):
 
 
 class Guard:
-    """Judges each step by what all processes agree on, and keeps the means of the good ones, where `explode` needs them."""
+    """Judges each step by what all processes agree on; where `explode` asks for it, by the means of the good ones."""
 
     def __init__(self, recipe: GuardRecipe, out: Path, world: World) -> None:
         self.recipe, self.out, self.world = recipe, out, world
