@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write ``tensors`` and ``meta`` (JSON values) to ``path``; the old file stays until the new one is whole."""
+class NotSaved(OSError):
+    """A checkpoint could not be written: the disk is full, or worse. The one before it is whole."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write to beside ``path``, which takes its place once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(
-        {k: v.detach().contiguous().clone() for k, v in tensors.items()}, str(temporary), {"meta": json.dumps(meta)}
-    )
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except Exception:
+        temporary.unlink(missing_ok=True)  # gives a full disk its room back
+        raise
+
+
+def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write ``tensors`` and ``meta`` (JSON values) to ``path``; the old file stays until the new one is whole.
+
+    Raises:
+        NotSaved: it cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            save_file(
+                {k: v.detach().contiguous().clone() for k, v in tensors.items()},
+                str(temporary), {"meta": json.dumps(meta)},
+            )  # fmt: skip
+    except (OSError, SafetensorError) as e:
+        kept = "the one before it is kept" if path.is_file() else "there is none before it"
+        raise NotSaved(f"checkpoint: {path} could not be written ({e}); {kept}") from e
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,6 +64,20 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f"training state: {path} cannot be read: {e}") from e
     return tensors, meta
+
+
+def load_meta(path: Path) -> dict[str, Any]:
+    """The ``meta`` of what ``save_state`` wrote, without its tensors.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        with safe_open(str(path), "pt") as f:
+            meta: dict[str, Any] = json.loads(f.metadata()["meta"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f"training state: {path} cannot be read: {e}") from e
+    return meta
 
 
 def flatten_optimizers(optimizers: list[torch.optim.Optimizer], named: dict[str, Tensor]) -> dict[str, Tensor]:

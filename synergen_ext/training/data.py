@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from ..processing.image_tokenizer import ImageTokenizer, to_pixels
 from ..processing.sequences import Example, SequenceBuilder
 from ..processing.text import TextTokenizer
 from ..scenes import CAPTION_INSTRUCTION, Scene, caption, questions, training_scene
+from .checkpoints import replacing
 from .packing import pack, plan_rows
 
 
@@ -35,6 +36,7 @@ class Batch:
     tokens: int  # positions that hold a token, padding left out
     samples: int
     documents: Tensor | None = None  # int64 [B, T], see SynerGenVL.forward
+    ids: list[str] = field(default_factory=list)  # of the samples, for people: which they are
 
 
 def train_text_tokenizer(seed: int, vocab_size: int, scenes: int = 4000) -> TextTokenizer:
@@ -86,10 +88,11 @@ class SceneCache:
     def build(self, on_batch: Callable[[int], None] | None = None, chunk: int = 1024) -> NDArray[np.uint16]:
         """Tokenise what is missing; returns the ids, memory-mapped, uint16 ``[count, h, w]``."""
         side = self.tokenizer.encode(to_pixels(training_scene(self.seed, 0).image()[None])).shape[1:]
+        # Written only behind a cache that is there in full length: a kill leaves the one without the other.
         done = json.loads(self.done_path.read_text())["done"] if self.done_path.is_file() else 0
         shape = (self.count, *side)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
+        if done and self.path.is_file():
             ids = np.load(self.path, mmap_mode="r+")
             if len(ids) < self.count:  # a longer training: copy over, go on
                 longer = np.zeros(shape, np.uint16)
@@ -106,7 +109,8 @@ class SceneCache:
             part = [training_scene(self.seed, i) for i in range(start, stop)]
             ids[start:stop] = tokenize_scenes(self.tokenizer, part)
             ids.flush()
-            self.done_path.write_text(json.dumps({"done": stop}))
+            with replacing(self.done_path) as temporary:
+                temporary.write_text(json.dumps({"done": stop}))
             if on_batch:
                 on_batch(stop - start)
         return ids[: self.count]
@@ -173,7 +177,7 @@ class SceneBatches:
         for i in picked:
             scene = training_scene(self.scene_seed, int(i))
             examples.append(self.builder.paint(None if rng.random() < self.unconditional else scene.request.prompt))
-        return self._collate(examples[share], self.ids[picked[share]], paint=True)
+        return self._named(picked[share], self._collate(examples[share], self.ids[picked[share]], paint=True))
 
     def describe(self, step: int, size: int, questions_each: int = 3, share: slice = ALL) -> Batch:
         """Understanding: picture and questions to answers."""
@@ -182,18 +186,22 @@ class SceneBatches:
         for i in picked:
             pairs = questions(training_scene(self.scene_seed, int(i)), rng)
             examples.append(self.builder.ask(pairs[:questions_each]))
-        return self._collate(examples[share], self.ids[picked[share]], paint=False)
+        return self._named(picked[share], self._collate(examples[share], self.ids[picked[share]], paint=False))
 
     def text(self, step: int, size: int, questions_each: int = 3, share: slice = ALL) -> Batch:
         """Text only: a caption in words, then questions about it; loss on every word."""
         rng = self._rng(step, 2)
-        examples = []
-        for i in rng.integers(0, 1 << 30, size):
+        examples, picked = [], rng.integers(0, 1 << 30, size)
+        for i in picked:
             scene = training_scene(self.scene_seed, int(i))
             pairs = [p for p in questions(scene, rng) if p[0] != CAPTION_INSTRUCTION][:questions_each]
             first = (f"A picture shows {caption(scene)}. {pairs[0][0]}", pairs[0][1])
             examples.append(self.builder.ask([first, *pairs[1:]], pictures=0, learn_questions=True))
-        return self._collate(examples[share], None, paint=False)
+        return self._named(picked[share], self._collate(examples[share], None, paint=False))
+
+    def _named(self, picked: NDArray[np.int64], batch: Batch) -> Batch:
+        batch.ids = [f"scene {self.scene_seed}:{i}" for i in picked]
+        return batch
 
     def _collate(self, examples: list[Example], image_ids: NDArray[np.uint16] | None, paint: bool) -> Batch:
         if self.pack:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -23,6 +23,8 @@ MAX_RECIPE_BYTES = 1 << 20
 PARTS = ("vision", "attention", "language_model")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
+PARALLEL = ("ddp", "fsdp", "hsdp")
+BAD_STEP = ("stop", "skip")
 
 
 def _require(fits: object, where: str, name: str, wanted: str, got: Any) -> None:
@@ -89,6 +91,50 @@ class StageRecipe:
 
 
 @dataclass
+class ParallelRecipe:
+    """How several processes share the work; one process alone trains the same way with any of these.
+
+    ``ddp``: every process holds the whole model. ``fsdp``: a part of each layer's weights, gradients and moments.
+    ``hsdp``: groups of ``shard`` processes hold the model together, and the groups share the rows.
+    """
+
+    kind: str = "ddp"
+    shard: int = 0  # hsdp: processes that hold a model together, as a rule those of one machine
+    accumulate: int = 1  # parts of a step's rows that go through the model one after another
+    async_save: bool = False  # fsdp, hsdp: write checkpoints while the next steps run
+
+    def __post_init__(self) -> None:
+        _require(self.kind in PARALLEL, "parallel", "kind", f"one of {', '.join(PARALLEL)}", self.kind)
+        hsdp = self.kind == "hsdp"
+        wanted = "at least 1 with hsdp" if hsdp else f"0 with {self.kind}: it is the size of hsdp's groups"
+        _require(self.shard >= 1 if hsdp else self.shard == 0, "parallel", "shard", wanted, self.shard)
+        _require(self.accumulate >= 1, "parallel", "accumulate", "at least 1", self.accumulate)
+        saves = self.sharded or not self.async_save
+        _require(saves, "parallel", "async_save", "false with ddp: one process writes one file", self.async_save)
+
+    @property
+    def sharded(self) -> bool:
+        return self.kind != "ddp"
+
+
+@dataclass
+class GuardRecipe:
+    """What a bad step is, and what happens then: a loss or gradient norm that is not finite, or that exploded."""
+
+    policy: str = "stop"  # or skip: leave the weights as they are and go on
+    explode: float = 0.0  # bad above this many times the mean over the good steps before; 0: never
+    after: int = 20  # good steps of a stage before `explode` counts
+    max_skips: int = 10  # steps skipped in a row; one more stops the run
+
+    def __post_init__(self) -> None:
+        _require(self.policy in BAD_STEP, "guard", "policy", f"one of {', '.join(BAD_STEP)}", self.policy)
+        fits = self.explode == 0 or 1 < self.explode < math.inf
+        _require(fits, "guard", "explode", "0 or above 1", self.explode)
+        for name in ("after", "max_skips"):
+            _require(getattr(self, name) >= 1, "guard", name, "at least 1", getattr(self, name))
+
+
+@dataclass
 class Recipe:
     name: str
     model: dict[str, Any]  # preset, and fields of SynerGenConfig to change
@@ -100,13 +146,27 @@ class Recipe:
     save_every: int = 250  # steps between resumable checkpoints
     sample_every: int = 500  # steps between sample pictures; 0: none
     sources: SourcesRecipe | None = None  # data from files; none: scenes
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
+    guard: GuardRecipe = field(default_factory=GuardRecipe)
 
     def __post_init__(self) -> None:
+        if self.parallel.sharded:
+            self._check_sharded()
         if self.sources is not None:
             self._check_tasks(self.sources)
         _require(self.save_every >= 1, "recipe", "save_every", "at least 1", self.save_every)
         for name in ("seed", "sample_every"):
             _require(getattr(self, name) >= 0, "recipe", name, "at least 0", getattr(self, name))
+
+    def _check_sharded(self) -> None:
+        kind = self.parallel.kind
+        for stage in self.stages:
+            where = f"stage {stage.name!r}"
+            wanted = f"adamw with parallel.kind {kind}: muon needs whole matrices, and no process holds one"
+            _require(stage.optimizer != "muon", where, "optimizer", wanted, stage.optimizer)
+            # A layer with both FFNs frozen lays them side by side for good, in memory that sharding gives back.
+            wanted = f"more than attention with parallel.kind {kind}"
+            _require(set(stage.train) != {"attention"}, where, "train", wanted, stage.train)
 
     def _check_tasks(self, sources: SourcesRecipe) -> None:
         for stage in self.stages:
@@ -187,6 +247,12 @@ def parse_recipe(data: Any) -> Recipe:
     data["data"] = _fill(DataRecipe, data.get("data", {}), "data")
     if "sources" in data:
         data["sources"] = _fill_sources(data["sources"])
+    if "parallel" in data:
+        short = isinstance(data["parallel"], str)
+        given = {"kind": data["parallel"]} if short else data["parallel"]
+        data["parallel"] = _fill(ParallelRecipe, given, "parallel")
+    if "guard" in data:
+        data["guard"] = _fill(GuardRecipe, data["guard"], "guard")
     stages = data.get("stages")
     if not isinstance(stages, list) or not stages:
         raise ValueError("recipe: stages must be a list with at least one stage")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,19 @@ from ..processing.image_tokenizer import ImageTokenizer
 from ..processing.sequences import SequenceBuilder
 from ..processing.text import TOKENIZER_FILE, TextTokenizer
 from ..scenes import CANVAS
-from .checkpoints import load_state, save_state
+from .checkpoints import load_state, replacing, save_state
 from .data import Batches, SceneBatches, SceneCache, train_text_tokenizer
 from .loop import run_stage
+from .parallel import check_shares, is_sharded, whole_state
 from .recipe import Recipe, StageRecipe, load_recipe
 from .report import Reporter
 from .sources.batches import Rules, SourceBatches
 from .sources.build import Wanted, build_mixture, check_paths
 from .sources.order import mix
 from .sources.tokenize import encoder
+from .stores import FileStore
 from .tokenizer import train_tokenizer
-from .world import World
+from .world import World, losing
 
 STATE_FILE = "state.safetensors"
 
@@ -62,25 +67,17 @@ def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: 
         if kept.is_file() and kept.read_text() != text:
             raise ValueError(f"train: {out} holds a run of another recipe (its recipe.yaml differs from {path})")
     world = World.join()
-    _check_shares(recipe, world.size)
+    check_shares(recipe, world.size)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:
-            kept.write_text(text)
-        with Reporter(recipe, out, silent=world.rank != 0) as reporter:
+            with replacing(kept) as temporary:
+                temporary.write_text(text)
+        advice = f"start again to go on from the last checkpoint in {out}"
+        with losing(world, advice), Reporter(recipe, out, silent=world.rank != 0) as reporter:
             return _Run(recipe, out, reporter, world).go()
     finally:
         world.leave()
-
-
-def _check_shares(recipe: Recipe, processes: int) -> None:
-    for stage in recipe.stages:
-        for task in ("paint", "describe", "text"):
-            if getattr(stage, task) % processes:
-                raise ValueError(
-                    f"recipe: stage {stage.name!r}: {task} must be a multiple of the {processes} processes, "
-                    f"got {getattr(stage, task)}"
-                )
 
 
 def plan(recipe: Recipe) -> str:
@@ -162,7 +159,7 @@ class _Run:
         for i, stage in enumerate(recipe.stages):
             finished = self.out / "stages" / f"{stage.name}.safetensors"
             if finished.is_file():
-                model.load_state_dict(load_state(finished)[0])
+                model = self._load(finished, model)
                 continue
             batches = self._batches(i, stage)
             with self.reporter.stage(stage):
@@ -172,23 +169,43 @@ class _Run:
                     model, recipe, i, batches, self.out / STATE_FILE, self.reporter.step, sample, self.world,
                     self.image_tokenizer().codebook if stage.place_codes else None,
                 )  # fmt: skip
-            if self.world.rank == 0:
-                if isinstance(batches, SourceBatches):
-                    print(f"stage {stage.name}:\n{batches.summary()}")
-                save_state(finished, model.state_dict(), {"stage": stage.name, "step": stage.steps})
+            state = whole_state(model, self.world)
+            if self.world.rank == 0 and isinstance(batches, SourceBatches):
+                print(f"stage {stage.name}:\n{batches.summary()}")
+            rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+            FileStore(finished, self.world).save(state, {"stage": stage.name, "step": stage.steps, "rng": rng})
+            del state
+            if is_sharded(model):
+                self.world.wait()
+                model = self._load(finished, SynerGenVL(self.config))
         return self._export(model) if self.world.rank == 0 else self.out / "checkpoint"
 
+    def _load(self, finished: Path, model: SynerGenVL) -> SynerGenVL:
+        """A finished stage's weights, and the random number generator as the stage left it."""
+        tensors, meta = load_state(finished)
+        model.load_state_dict(tensors)
+        if "rng" in meta:
+            torch.set_rng_state(torch.tensor(list(base64.b64decode(meta["rng"])), dtype=torch.uint8))
+        return model
+
     def _sample(self, model: SynerGenVL, stage: str, step: int) -> None:
+        if is_sharded(model):  # paint with a whole copy: generation lays weights out anew, in place
+            state = whole_state(model, self.world)
+            with torch.device("meta"):
+                model = SynerGenVL(self.config)
+            if self.world.rank == 0:
+                model.load_state_dict(state, assign=True)
         if self.world.rank == 0:
             self.reporter.sample(model, self.builder, self.image_tokenizer(), stage, step)
+        self.world.wait()
 
     def _text_tokenizer(self) -> TextTokenizer:
         if self.recipe.sources and self.recipe.sources.text_tokenizer:
             return TextTokenizer.load(self.recipe.sources.text_tokenizer)
         folder = self.out / "text"
         if not (folder / TOKENIZER_FILE).is_file():
-            folder.mkdir(exist_ok=True)
-            train_text_tokenizer(self.recipe.data.seed, self.recipe.data.text_vocab).save(folder)
+            trained = train_text_tokenizer(self.recipe.data.seed, self.recipe.data.text_vocab)
+            _whole_folder(folder, trained.save)
         return TextTokenizer.load(folder)
 
     def image_tokenizer(self) -> ImageTokenizer:
@@ -201,12 +218,16 @@ class _Run:
             state = _nest(*load_state(state_file)) if state_file.is_file() else None
             recipe = self.recipe.tokenizer
             total = recipe.steps + recipe.decoder_steps
-            with self.reporter.task("image tokenizer", total, int(state["step"]) if state else 0):
+            # Its steps use generators of their own; the model's weights must not depend on whether it was trained now.
+            with (
+                torch.random.fork_rng(devices=[]),
+                self.reporter.task("image tokenizer", total, int(state["step"]) if state else 0),
+            ):
                 trained = train_tokenizer(
                     recipe, state, self.reporter.tokenizer_step, self.recipe.save_every,
                     lambda s: save_state(state_file, *_flatten(s)),
                 )  # fmt: skip
-            trained.save_pretrained(folder, torch.float16)
+            _whole_folder(folder, lambda path: trained.save_pretrained(path, torch.float16))
         return ImageTokenizer.from_pretrained(folder).eval()
 
     def _batches(self, index: int, stage: StageRecipe) -> Batches:
@@ -252,6 +273,16 @@ class _Run:
         shutil.copy(self.out / "recipe.yaml", folder / "recipe.yaml")
         self.reporter.write_curve(folder)
         return folder
+
+
+def _whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a folder, which gets its name when it is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    for rest in (partial, folder):  # of a run that was killed
+        shutil.rmtree(rest, ignore_errors=True)
+    partial.mkdir()
+    write(partial)
+    os.rename(partial, folder)
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

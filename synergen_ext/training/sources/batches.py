@@ -105,6 +105,7 @@ class SourceBatches:
             self._trim()
         mixture, mine = self.mixtures[task], set(range(size)[share])
         done: dict[int, tuple[Example, list[NDArray[Any]]]] = {}
+        ids: dict[int, str] = {}
         places = list(range(size))
         while places:  # until every place has a good sample; `check_share` ends it where there are too few
             draws = {place: mixture.draw() for place in places}
@@ -113,13 +114,17 @@ class SourceBatches:
             for place, loaded in zip(own, self._load([draws[p] for p in own]), strict=True):
                 try:
                     done[place] = self._example(task, draws[place], loaded)
+                    part = draws[place].part
+                    ids[place] = f"{part.name} {part.source.where(draws[place].index)}"
                 except BadSample as e:
                     bad.append((place, e.cause, e.detail))
             bad = sorted(self.world.gather(bad))
             self._count(task, draws, bad)
             places = [place for place, _, _ in bad]
         kept = [done[place] for place in sorted(done)]
-        return self._collate([e for e, _ in kept], [ids for _, ids in kept], task == "generate")
+        batch = self._collate([e for e, _ in kept], [pictures for _, pictures in kept], task == "generate")
+        batch.ids = [ids[place] for place in sorted(ids)]
+        return batch
 
     def _load(self, draws: list[Draw]) -> list[Sample | BadSample]:
         if self.rules.workers == 0 or len(draws) < 2:
