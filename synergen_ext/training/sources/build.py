@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .conversations import Captions, Conversations
-from .files import Lines, is_url, read_text
+from .files import Lines, read_text
+from .hub import Rows, is_pattern
 from .mixture import Mixture, Part
 from .recipe import SourceRecipe, SourcesRecipe, check_repeat_time
 from .sample import Source
@@ -34,7 +35,7 @@ def missing_paths(sources: SourcesRecipe) -> list[str]:
     found = []
     for source in (*sources.understand, *sources.generate):
         for path in shards_of(source.path) if source.format == "tar" else [source.path]:
-            if not is_url(path) and not Path(path).exists():
+            if not is_pattern(path) and not Path(path).exists():
                 found.append(f"source {source.name!r}: no file {path}")
     for name in ("text_tokenizer", "image_tokenizer"):
         if getattr(sources, name) and not Path(getattr(sources, name)).is_dir():
@@ -81,6 +82,8 @@ def open_parts(recipe: SourceRecipe, task: str, wanted: Wanted) -> list[Part]:
         source = Tokens(recipe.path, task, wanted.grid, wanted.codebook_size)
     elif recipe.format == "tar":
         source = Tar(recipe.path, task, wanted.size)
+    elif recipe.format == "datasets":
+        source = Rows(recipe.path, task, recipe.root, wanted.size, recipe.data_augment)
     elif recipe.format == "captions":
         source = Captions(Lines(recipe.path), recipe.root, wanted.size)
     else:
