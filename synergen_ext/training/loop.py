@@ -14,6 +14,7 @@ from ..model import SynerGenVL
 from ..model.modeling import IGNORE
 from .checkpoints import flatten_optimizers, load_state, prefixed, restore_optimizers, save_state, without_prefix
 from .data import Batch, Batches
+from .figures import gradient_norms, pace
 from .recipe import Recipe, StageRecipe
 from .stages import learning_rate, make_optimizers
 from .world import World
@@ -81,13 +82,13 @@ def train_step(
     figures = {k: v / world.size for k, v in zip(figures, world.sum(figures.values()), strict=True)}
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     world.average_gradients(trained)
+    by_part = gradient_norms(model)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
     if not torch.isfinite(torch.tensor([norm, *figures.values()])).all():
         raise FloatingPointError(f"losses {figures}, gradient norm {norm}")
     for optimizer in optimizers:
         optimizer.step()
-    figures["gradient_norm"] = norm
-    return figures
+    return {**figures, "gradient_norm": norm, **by_part}
 
 
 def run_stage(
@@ -132,13 +133,12 @@ def run_stage(
                     group["lr"] = rate
             began = time.perf_counter()
             tasks = _batches(batches, stage, step, world)
+            waited = time.perf_counter() - began
             figures = train_step(model, optimizers, tasks, stage.clip, recipe.bfloat16, world)
             if average:
                 average.update(named, step)
-            seconds = time.perf_counter() - began
             figures["learning_rate"] = rate
-            figures["tokens_per_second"] = world.size * sum(b.tokens for _, b in tasks) / seconds
-            figures["samples_per_second"] = world.size * sum(b.samples for _, b in tasks) / seconds
+            figures |= pace(tasks, world.size, time.perf_counter() - began, waited)
             # Of all positions, those that hold a token: the rest is padding.
             figures["filled"] = sum(b.tokens for _, b in tasks) / sum(b.input_ids.numel() for _, b in tasks)
             if on_step:

@@ -100,6 +100,7 @@ class Recipe:
     save_every: int = 250  # steps between resumable checkpoints
     sample_every: int = 500  # steps between sample pictures; 0: none
     sources: SourcesRecipe | None = None  # data from files; none: scenes
+    wandb: str = ""  # project of Weights & Biases that figures also go to (the extra wandb); empty: none
 
     def __post_init__(self) -> None:
         if self.sources is not None:

@@ -20,6 +20,7 @@ from ..generation.oracle import generate_image_ids
 from ..model import SynerGenVL
 from ..processing.image_tokenizer import ImageTokenizer, to_uint8
 from ..processing.sequences import SequenceBuilder
+from .page import write_page
 from .recipe import Recipe, StageRecipe
 
 SAMPLE_PROMPTS = (
@@ -30,7 +31,8 @@ SAMPLE_PROMPTS = (
 
 
 class Reporter:
-    """Use as a context manager around a run. Figures go to ``log.jsonl`` (every step) and TensorBoard if installed.
+    """Use as a context manager around a run. Figures go to ``log.jsonl`` (every step), TensorBoard if
+    installed, and W&B if the recipe names a project.
 
     Of several processes one reports; the others are ``silent``.
     """
@@ -43,6 +45,7 @@ class Reporter:
         )  # fmt: skip
         self.task_id: Any = None
         self.board: Any = None
+        self.wandb: Any = None
 
     def __enter__(self) -> Reporter:
         self.log = open(os.devnull if self.silent else self.out / "log.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
@@ -52,6 +55,15 @@ class Reporter:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.out / "tensorboard"))  # type: ignore[no-untyped-call]
+            if self.recipe.wandb:
+                try:
+                    import wandb
+                except ImportError as e:
+                    raise ImportError("recipe: wandb wants its package: pip install 'synergen_ext[wandb]'") from e
+                name = f"{self.recipe.name}-{self.out.name}"
+                self.wandb = wandb.init(
+                    project=self.recipe.wandb, name=name, dir=str(self.out), resume="allow", id=name
+                )
         self.began = time.time()
         self.progress.start()
         return self
@@ -63,6 +75,8 @@ class Reporter:
         self.log.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish(1 if kind else 0)
 
     @contextmanager
     def task(self, name: str, total: int, done: int) -> Iterator[None]:
@@ -98,6 +112,8 @@ class Reporter:
         if self.board:
             for k, v in figures.items():
                 self.board.add_scalar(f"{stage}/{k}", v, step)
+        if self.wandb:  # steps of W&B count through the stages, so a stage's own is a figure
+            self.wandb.log({f"{stage}/{k}": v for k, v in figures.items()} | {f"{stage}/step": step})
 
     def sample(
         self, model: SynerGenVL, builder: SequenceBuilder, tokenizer: ImageTokenizer, stage: str, step: int
@@ -139,6 +155,7 @@ class Reporter:
             }
         (folder / "curve.json").write_text(json.dumps(curve) + "\n")
         _plot(curve, folder / "curve.png")
+        write_page(self.out)
 
 
 def _chunks(rows: list[dict[str, Any]], width: int) -> list[list[dict[str, Any]]]:
