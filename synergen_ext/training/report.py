@@ -16,10 +16,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import ops
-from ..generation.oracle import generate_image_ids
+from ..generation.oracle import generate_image_ids, generate_text
 from ..model import SynerGenVL
 from ..processing.image_tokenizer import ImageTokenizer, to_uint8
 from ..processing.sequences import SequenceBuilder
+from ..scenes import CAPTION_INSTRUCTION
 from .page import write_page
 from .recipe import Recipe, StageRecipe
 
@@ -28,6 +29,7 @@ SAMPLE_PROMPTS = (
     "a photo of a house left of a tree", "a photo of a blue fish and a yellow duck",
     "a photo of a bear above a book", "a photo of two green butterflies",
 )  # fmt: skip
+ANSWER_TOKENS = 24  # most of what is said of a sample
 
 
 class Reporter:
@@ -118,7 +120,8 @@ class Reporter:
     def sample(
         self, model: SynerGenVL, builder: SequenceBuilder, tokenizer: ImageTokenizer, stage: str, step: int
     ) -> None:
-        """Paint the sample prompts with the weights as they are, side by side, to ``samples/STAGE-STEP.png``."""
+        """Paint the sample prompts with the weights as they are, side by side, to ``samples/STAGE-STEP.png``, and say
+        what is to be seen in each, a line a picture, to ``samples/STAGE-STEP.txt``."""
         from PIL import Image
 
         model.eval()
@@ -128,11 +131,16 @@ class Reporter:
                 model, prompts, builder.paint_prompt(None), seeds=[0] * len(prompts), guidance=model.config.guidance
             )
             pixels = to_uint8(tokenizer.decode(ids))  # [N, H, W, 3]
+            asked, stops = builder.ask_prompt(CAPTION_INSTRUCTION), (builder.text.im_end, builder.text.eos)
+            said = generate_text(model, [asked] * len(ids), ids, ANSWER_TOKENS, stops)
         model.train()
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         row = torch.cat(list(pixels), dim=1).numpy()
         Image.fromarray(row).save(folder / f"{stage}-{step:06d}.png")
+        answers = [" ".join(builder.text.decode(a).split()) for a in said]
+        lines = [f"{prompt}: {answer}\n" for prompt, answer in zip(SAMPLE_PROMPTS, answers, strict=True)]
+        (folder / f"{stage}-{step:06d}.txt").write_text("".join(lines))
         if self.board:
             self.board.add_image(f"{stage}/samples", row, step, dataformats="HWC")
 
