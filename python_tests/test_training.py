@@ -17,7 +17,7 @@ from synergen_ext.model.modeling import IGNORE
 from synergen_ext.processing.image_tokenizer import to_pixels
 from synergen_ext.processing.sequences import SequenceBuilder
 from synergen_ext.scenes import training_scene
-from synergen_ext.training import loop, run
+from synergen_ext.training import loop, report, run
 from synergen_ext.training.checkpoints import flatten_optimizers, load_state, restore_optimizers, save_state
 from synergen_ext.training.data import SceneBatches, SceneCache, collate, train_text_tokenizer
 from synergen_ext.training.loop import Average, run_stage, train_step
@@ -739,16 +739,24 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "stage tuning: 4 steps x (2 paint + 1 describe + 0 text)" in shown
 
 
-def test_sample_pictures(tmp_path, builder):
-    """One row of pictures for a fixed set of prompts, named by stage and step."""
+def test_sample_pictures(tmp_path, builder, monkeypatch):
+    """One row of pictures for a fixed set of prompts, named by stage and step, and what is said of each."""
     from PIL import Image
 
+    def say(model, prompts, ids, most, stops):
+        assert list(prompts) == [builder.ask_prompt("Provide a one-sentence caption for the image")] * len(ids)
+        assert (len(ids), stops) == (8, (builder.text.im_end, builder.text.eos))
+        return [builder.text.encode(f"picture\n{i}") for i in range(len(ids))]
+
+    monkeypatch.setattr(report, "generate_text", say)
     recipe = recipe_with()
     with run.Reporter(recipe, tmp_path) as reporter:
         model = fresh_model(builder)
         reporter.sample(model, builder, random_image_tokenizer(temporal=1), "tuning", 12)
         assert model.training
     assert Image.open(tmp_path / "samples" / "tuning-000012.png").size == (8 * 96, 96)
+    said = (tmp_path / "samples" / "tuning-000012.txt").read_text().splitlines()
+    assert said == [f"{prompt}: picture {i}" for i, prompt in enumerate(report.SAMPLE_PROMPTS)]
 
 
 def test_training_uses_the_fast_backend(builder, tmp_path, monkeypatch):

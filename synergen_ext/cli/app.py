@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import chat, convert, measure, paint, tokenize, train
+from . import chat, convert, measure, paint, plan, tokenize, train
 from .checks import BadInput
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ app = typer.Typer(
 paint.register(app)
 chat.register(app)
 train.register(app)
+plan.register(app)
 tokenize.register(app)
 convert.register(app)
 measure.register(app)

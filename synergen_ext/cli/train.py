@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "synergen train demo --out runs/mine   [dim]# the recipe of the package's checkpoint[/dim]",
             "synergen train demo --out runs/mine   [dim]# again, after a stop: goes on[/dim]",
-            "synergen train my_recipe.yaml --out runs/other --dry-run   [dim]# sizes and stages[/dim]",
+            "synergen train paper --dry-run   [dim]# sizes, stages, what it costs[/dim]",
         )
     )(train)
 
@@ -33,9 +33,9 @@ def train(
         ),
     ],
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option("--out", metavar="DIR", help="Logs, samples, resumable state; the result is DIR/checkpoint."),
-    ],
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Go on from what DIR holds, or insist that it is empty."),
@@ -44,14 +44,30 @@ def train(
 ) -> None:
     """Train a model from one recipe: tokenizers, then the stages, in order."""
     path = find_recipe(recipe)
-    if not dry_run:
-        check_output_folder(out)
+    if dry_run:
+        _dry_run(path)
+        return
+    if out is None:
+        raise BadInput("Missing option '--out'.")
+    check_output_folder(out)
     with status("Loading"):
         from ..training.run import run_recipe
     with refusing():
-        folder = run_recipe(path, out, resume=resume, dry_run=dry_run)
-    if not dry_run:
-        print(f"Trained: {folder}")
+        folder = run_recipe(path, out, resume=resume)
+    print(f"Trained: {folder}")
+
+
+def _dry_run(path: Path) -> None:
+    """The recipe's own sizes, and what it costs on 4 machines of 8 H100."""
+    with status("Loading"):
+        from ..training.gpus import GPUS
+        from ..training.plan import Machines, Samples, describe
+        from ..training.recipe import load_recipe
+        from ..training.run import model_config, run_recipe
+    with refusing():
+        run_recipe(path, path, dry_run=True)
+        recipe = load_recipe(path)
+        print(describe(recipe, model_config(recipe), Machines(GPUS["h100"], 4), Samples()))
 
 
 def find_recipe(name: str) -> Path:

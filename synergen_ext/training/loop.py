@@ -14,6 +14,7 @@ from ..model import SynerGenVL
 from ..model.modeling import IGNORE
 from .checkpoints import flatten_optimizers, prefixed, restore_optimizers, without_prefix
 from .data import Batch, Batches
+from .figures import gradient_norms, pace
 from .guard import BadStep, Guard, finite
 from .microbatch import accumulate
 from .parallel import anchor, is_sharded, local, shard, whole
@@ -100,6 +101,7 @@ def train_step(
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     if not sharded:
         world.average_gradients(trained)
+    by_part = gradient_norms(model)
     norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, clip)))
     if guard:
         guard.judge(figures, norm)
@@ -107,8 +109,7 @@ def train_step(
         finite(figures, norm)
     for optimizer in optimizers:
         optimizer.step()
-    figures["gradient_norm"] = norm
-    return figures
+    return {**figures, "gradient_norm": norm, **by_part}
 
 
 def _pictures(batch: Batch) -> tuple[float, float]:
@@ -168,6 +169,7 @@ def run_stage(
                     group["lr"] = rate
             began = time.perf_counter()
             tasks = _batches(batches, stage, step, world)
+            waited = time.perf_counter() - began
             parts = accumulate(tasks, recipe.parallel.accumulate, model.config, world)
             bad = None
             try:
@@ -179,10 +181,8 @@ def run_stage(
                 figures = {}
             elif average:
                 average.update(named, step)
-            seconds = time.perf_counter() - began
             figures["learning_rate"] = rate
-            figures["tokens_per_second"] = world.size * sum(b.tokens for _, b in tasks) / seconds
-            figures["samples_per_second"] = world.size * sum(b.samples for _, b in tasks) / seconds
+            figures |= pace(tasks, world.size, time.perf_counter() - began, waited)
             # Of all positions, those that hold a token: the rest is padding.
             figures["filled"] = sum(b.tokens for _, b in tasks) / sum(b.input_ids.numel() for _, b in tasks)
             if on_step and not bad:

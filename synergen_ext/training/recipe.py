@@ -148,6 +148,7 @@ class Recipe:
     sources: SourcesRecipe | None = None  # data from files; none: scenes
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     guard: GuardRecipe = field(default_factory=GuardRecipe)
+    wandb: str = ""  # project of Weights & Biases that figures also go to (the extra wandb); empty: none
 
     def __post_init__(self) -> None:
         if self.parallel.sharded:

@@ -16,10 +16,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import ops
-from ..generation.oracle import generate_image_ids
+from ..generation.oracle import generate_image_ids, generate_text
 from ..model import SynerGenVL
 from ..processing.image_tokenizer import ImageTokenizer, to_uint8
 from ..processing.sequences import SequenceBuilder
+from ..scenes import CAPTION_INSTRUCTION
+from .page import write_page
 from .recipe import Recipe, StageRecipe
 
 SAMPLE_PROMPTS = (
@@ -27,10 +29,12 @@ SAMPLE_PROMPTS = (
     "a photo of a house left of a tree", "a photo of a blue fish and a yellow duck",
     "a photo of a bear above a book", "a photo of two green butterflies",
 )  # fmt: skip
+ANSWER_TOKENS = 24  # most of what is said of a sample
 
 
 class Reporter:
-    """Use as a context manager around a run. Figures go to ``log.jsonl`` (every step) and TensorBoard if installed.
+    """Use as a context manager around a run. Figures go to ``log.jsonl`` (every step), TensorBoard if
+    installed, and W&B if the recipe names a project.
 
     Of several processes one reports; the others are ``silent``.
     """
@@ -43,6 +47,7 @@ class Reporter:
         )  # fmt: skip
         self.task_id: Any = None
         self.board: Any = None
+        self.wandb: Any = None
 
     def __enter__(self) -> Reporter:
         self.log = open(os.devnull if self.silent else self.out / "log.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
@@ -52,6 +57,15 @@ class Reporter:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.out / "tensorboard"))  # type: ignore[no-untyped-call]
+            if self.recipe.wandb:
+                try:
+                    import wandb
+                except ImportError as e:
+                    raise ImportError("recipe: wandb wants its package: pip install 'synergen_ext[wandb]'") from e
+                name = f"{self.recipe.name}-{self.out.name}"
+                self.wandb = wandb.init(
+                    project=self.recipe.wandb, name=name, dir=str(self.out), resume="allow", id=name
+                )
         self.began = time.time()
         self.progress.start()
         return self
@@ -63,6 +77,8 @@ class Reporter:
         self.log.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish(1 if kind else 0)
 
     @contextmanager
     def task(self, name: str, total: int, done: int) -> Iterator[None]:
@@ -98,11 +114,14 @@ class Reporter:
         if self.board:
             for k, v in figures.items():
                 self.board.add_scalar(f"{stage}/{k}", v, step)
+        if self.wandb:  # steps of W&B count through the stages, so a stage's own is a figure
+            self.wandb.log({f"{stage}/{k}": v for k, v in figures.items()} | {f"{stage}/step": step})
 
     def sample(
         self, model: SynerGenVL, builder: SequenceBuilder, tokenizer: ImageTokenizer, stage: str, step: int
     ) -> None:
-        """Paint the sample prompts with the weights as they are, side by side, to ``samples/STAGE-STEP.png``."""
+        """Paint the sample prompts with the weights as they are, side by side, to ``samples/STAGE-STEP.png``, and say
+        what is to be seen in each, a line a picture, to ``samples/STAGE-STEP.txt``."""
         from PIL import Image
 
         model.eval()
@@ -112,11 +131,16 @@ class Reporter:
                 model, prompts, builder.paint_prompt(None), seeds=[0] * len(prompts), guidance=model.config.guidance
             )
             pixels = to_uint8(tokenizer.decode(ids))  # [N, H, W, 3]
+            asked, stops = builder.ask_prompt(CAPTION_INSTRUCTION), (builder.text.im_end, builder.text.eos)
+            said = generate_text(model, [asked] * len(ids), ids, ANSWER_TOKENS, stops)
         model.train()
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         row = torch.cat(list(pixels), dim=1).numpy()
         Image.fromarray(row).save(folder / f"{stage}-{step:06d}.png")
+        answers = [" ".join(builder.text.decode(a).split()) for a in said]
+        lines = [f"{prompt}: {answer}\n" for prompt, answer in zip(SAMPLE_PROMPTS, answers, strict=True)]
+        (folder / f"{stage}-{step:06d}.txt").write_text("".join(lines))
         if self.board:
             self.board.add_image(f"{stage}/samples", row, step, dataformats="HWC")
 
@@ -139,6 +163,7 @@ class Reporter:
             }
         (folder / "curve.json").write_text(json.dumps(curve) + "\n")
         _plot(curve, folder / "curve.png")
+        write_page(self.out)
 
 
 def _chunks(rows: list[dict[str, Any]], width: int) -> list[list[dict[str, Any]]]:

@@ -30,7 +30,7 @@ from .parallel import check_shares, is_sharded, whole_state
 from .recipe import Recipe, StageRecipe, load_recipe
 from .report import Reporter
 from .sources.batches import Rules, SourceBatches
-from .sources.build import Wanted, build_mixture, check_paths
+from .sources.build import Wanted, build_mixture, check_paths, missing_paths
 from .sources.order import mix
 from .sources.tokenize import encoder
 from .stores import FileStore
@@ -47,17 +47,21 @@ def run_recipe(path: str | Path, out: str | Path, resume: bool = True, dry_run: 
         path: the recipe (YAML).
         out: working folder: logs, samples, resumable state, token cache.
         resume: go on from what ``out`` holds; otherwise ``out`` must be empty or absent.
-        dry_run: check the recipe, print the plan, train nothing.
+        dry_run: check the recipe, print the plan and what files are missing, train nothing. Sizes that a missing
+            tokenizer would decide are the preset's.
 
     Raises:
         FileNotFoundError, ValueError: the recipe is missing or wrong, or ``out`` holds another run.
     """
     recipe, out = load_recipe(path), Path(out)
-    if recipe.sources is not None:
+    if recipe.sources is not None and not dry_run:
         check_paths(recipe.sources)
     described = plan(recipe)  # builds the model on no memory, so wrong sizes fail here and not after an hour
     if dry_run:
         print(described)
+        if recipe.sources is not None and (missing := missing_paths(recipe.sources)):
+            more = f"\nmissing: and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+            print("\n".join(f"missing: {line}" for line in missing[:3]) + more)
         return out / "checkpoint"
     text = Path(path).read_text()
     kept = out / "recipe.yaml"
@@ -86,7 +90,7 @@ def plan(recipe: Recipe) -> str:
     Raises:
         ValueError: sizes that cannot be built or do not fit together.
     """
-    config = recipe.config(_vocab_size(recipe), _codebook_size(recipe))
+    config = model_config(recipe)
     with torch.device("meta"):
         try:
             model = SynerGenVL(config)
@@ -126,9 +130,22 @@ def _plan_data(recipe: Recipe) -> str:
     return ", ".join(f"{len(getattr(recipe.sources, t))} sources to {t}" for t in ("understand", "generate"))
 
 
+def model_config(recipe: Recipe) -> SynerGenConfig:
+    """The sizes of a recipe's model. A tokenizer that the recipe names and that is not there has the preset's.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+    return recipe.config(_vocab_size(recipe), _codebook_size(recipe))
+
+
 def _given_tokenizer(recipe: Recipe) -> ImageTokenizer | None:
     """The sizes of the image tokenizer that the recipe names, if it names one."""
-    if recipe.sources is None or not recipe.sources.image_tokenizer:
+    if (
+        recipe.sources is None
+        or not recipe.sources.image_tokenizer
+        or not Path(recipe.sources.image_tokenizer).is_dir()
+    ):
         return None
     return ImageTokenizer.without_weights(recipe.sources.image_tokenizer)
 
@@ -136,6 +153,9 @@ def _given_tokenizer(recipe: Recipe) -> ImageTokenizer | None:
 def _vocab_size(recipe: Recipe) -> int:
     if recipe.sources is None or not recipe.sources.text_tokenizer:
         return recipe.data.text_vocab
+    if not Path(recipe.sources.text_tokenizer).is_dir():  # a dry run: `run_recipe` has refused it otherwise
+        preset = SynerGenConfig.preset(recipe.model.get("preset", "demo"))
+        return int(recipe.model.get("vocab_size", preset.vocab_size))
     return TextTokenizer.load(recipe.sources.text_tokenizer).vocab_size
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .conversations import Captions, Conversations
-from .files import Lines, is_url, read_text
+from .files import Lines, read_text
+from .hub import Rows, is_pattern
 from .mixture import Mixture, Part
 from .recipe import SourceRecipe, SourcesRecipe, check_repeat_time
 from .sample import Source
@@ -29,16 +30,27 @@ class Wanted:
     size: tuple[int, int]  # pixels, height and width; (0, 0) where nothing is decoded
 
 
+def missing_paths(sources: SourcesRecipe) -> list[str]:
+    """What the recipe names and is not there, in a line each; URLs are not looked for."""
+    found = []
+    for source in (*sources.understand, *sources.generate):
+        for path in shards_of(source.path) if source.format == "tar" else [source.path]:
+            if not is_pattern(path) and not Path(path).exists():
+                found.append(f"source {source.name!r}: no file {path}")
+    for name in ("text_tokenizer", "image_tokenizer"):
+        if getattr(sources, name) and not Path(getattr(sources, name)).is_dir():
+            found.append(f"sources.{name}: no folder {getattr(sources, name)}")
+    return found
+
+
 def check_paths(sources: SourcesRecipe) -> None:
-    """Look for every local file that the recipe names, before anything slow begins.
+    """Look for every local file and folder that the recipe names, before anything slow begins.
 
     Raises:
         FileNotFoundError: one is missing.
     """
-    for source in (*sources.understand, *sources.generate):
-        for path in shards_of(source.path) if source.format == "tar" else [source.path]:
-            if not is_url(path) and not Path(path).exists():
-                raise FileNotFoundError(f"recipe: source {source.name!r}: no file {path}")
+    if missing := missing_paths(sources):
+        raise FileNotFoundError(f"recipe: {missing[0]}")
 
 
 def build_mixture(sources: list[SourceRecipe], task: str, wanted: Wanted, seed: int) -> Mixture:
@@ -70,6 +82,8 @@ def open_parts(recipe: SourceRecipe, task: str, wanted: Wanted) -> list[Part]:
         source = Tokens(recipe.path, task, wanted.grid, wanted.codebook_size)
     elif recipe.format == "tar":
         source = Tar(recipe.path, task, wanted.size)
+    elif recipe.format == "datasets":
+        source = Rows(recipe.path, task, recipe.root, wanted.size, recipe.data_augment)
     elif recipe.format == "captions":
         source = Captions(Lines(recipe.path), recipe.root, wanted.size)
     else:

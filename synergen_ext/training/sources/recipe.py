@@ -15,6 +15,7 @@ FORMATS = {
     "captions": ("generate",),
     "tar": ("understand", "generate"),
     "tokens": ("understand", "generate"),
+    "datasets": ("understand", "generate"),
 }
 
 
@@ -45,7 +46,8 @@ class SourceRecipe:
         check_repeat_time(self.repeat_time, f"recipe: {where}")
         own = self.format == "internvl" and (self.repeat_time != 1 or self.root)
         _require(not own, where, "repeat_time and root", "left to the meta file", (self.repeat_time, self.root))
-        _require(not self.data_augment or self.format == "conversations", where, "data_augment", "false", True)
+        augments = self.format in ("conversations", "datasets")
+        _require(not self.data_augment or augments, where, "data_augment", "false", True)
         sqrt = self.use_data_resampling
         _require(not sqrt or self.format == "internvl", where, "use_data_resampling", "false", sqrt)
 
