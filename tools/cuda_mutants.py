@@ -195,12 +195,14 @@ def main() -> int:
     for kind in FLAGS:
         emulator.build("synergen_simt", f"kernels_{kind}")
     counts: dict[str, int] = {}
+    unfound: list[str] = []
     known, until = [finders.get(m.name) for m in mutants], time.time() + 60 * chosen.minutes
     # Forked workers: each has torch imported already, and forks again for every run of the tests.
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("fork")) as workers:
         for mutant, found in zip(mutants, workers.map(_judge, mutants, known, [until] * len(mutants)), strict=True):
             gate = found.get("gate", "")
             counts[gate] = counts.get(gate, 0) + 1
+            unfound += [mutant.name] * (not gate)
             if gate == LATER:
                 continue
             what = " ".join(mutant.before.split())[:60]
@@ -211,6 +213,8 @@ def main() -> int:
                 _write(finders, names)
     missed, later = counts.pop("", 0), counts.pop(LATER, 0)
     planted_now, gates = len(mutants) - later, ", ".join(f"{n} by {g}" for g, n in counts.items())
+    if unfound:
+        print(f"not found: {' '.join(unfound)}")
     print(f"{planted_now - missed} of {planted_now} found: {gates}" + (f"; {later} not planted" if later else ""))
     return 1 if missed else 0
 
