@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,6 @@ from torch import Tensor
 from synergen_ext.bench import Progress, Row
 from synergen_ext.generation import oracle
 from synergen_ext.generation.engine import Engine, Formats
-from synergen_ext.generation.oracle import Sampling
 from synergen_ext.generation.pipeline import Pipeline
 from synergen_ext.model import SynerGenConfig, SynerGenVL
 from synergen_ext.ops import reference
@@ -88,6 +88,16 @@ def shipped(rounds: int) -> Iterator[Row]:
     yield Row("shipped model, a picture", ours * 1e3, "ms", None, ends(took["engine"], 1e3), note="float32, ids alone")
     ratios = [a / b for a, b in zip(took["oracle"], took["engine"], strict=True)]
     yield Row("shipped model, oracle / engine", median(ratios), "x", ">= 15", ends(ratios))
+    prompts = ("two red apples left of a blue car", "a green cat", "three yellow dogs")
+    asked = [pipeline.builder.paint_prompt(p) for p in prompts]
+    pictures = engine.generate_image_ids(asked, unconditional, [1, 2, 3])
+    truth = engine.states(asked[0])
+    for form in ("float32", "int8", "int4"):
+        other = Engine.from_model(pipeline.model, form)
+        nats = sum(other.image_nats(p, i) for p, i in zip(asked, pictures, strict=True)) / len(asked)
+        yield Row(f"shipped model, {form}, a picture that float32 painted", nats, "nats")
+        error = float((other.states(asked[0]) - truth).norm() / truth.norm())
+        yield Row(f"shipped model, {form}, states away from float32's", error)
 
 
 # --- The paper's size -------------------------------------------------------------------------------------------
@@ -121,17 +131,13 @@ def one_form(form: str, rival: "Rival", quick: bool) -> Iterator[Row]:
     for count in (1, 2, 8):
         states = torch.randn(count, PAPER.hidden_size)
         ids = torch.zeros(count, PAPER.window, dtype=torch.long)
-        run = lambda states=states, ids=ids: engine.head_logits(states, ids)  # noqa: E731
+        run = partial(engine.head_logits, states, ids)
         yield from against_reading(f"{form}, head step, {count} rows", run, PAPER.window, head, STEP_BARS[form], rounds)
     for count in (1, 2, 8):
         prompts = [[5] * CONTEXT] * count
-
-        def words(n: int, prompts: list[list[int]] = prompts) -> None:
-            engine.generate_text(prompts, None, n, (), Sampling(0.0))
-
-        name = f"{form}, text step, {count} rows"
-        bar = STEP_BARS[form]
-        yield from against_reading(name, lambda w=words: w(STEPS + 1), STEPS, text, bar, rounds, lambda w=words: w(1))
+        run, first = (partial(engine.generate_text, prompts, None, n, ()) for n in (STEPS + 1, 1))
+        name, bar = f"{form}, text step, {count} rows", STEP_BARS[form]
+        yield from against_reading(name, run, STEPS, text, bar, rounds, first)
     yield from prompt(form, engine, rival, rounds)
     yield from picture(form, engine, rival, quick)
 

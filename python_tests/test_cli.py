@@ -107,7 +107,7 @@ def test_generate(capsys, tiny, tmp_path):
         assert saved.size == (384, 384) and saved.mode == "RGB"
         text = dict(saved.text)
     assert text.pop("Software").startswith("synergen_ext ")
-    assert text == {"prompt": "a red cat", "seed": "7", "guidance": "3.0"}
+    assert text == {"prompt": "a red cat", "seed": "7", "guidance": "3.0", "weights": "float32"}
 
 
 def test_generate_scale_one_saves_the_models_pixels(capsys, tiny, tmp_path):

@@ -5,8 +5,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import test_training
 import torch
-from test_training import batches_of, builder, fresh_model, recipe_with  # noqa: F401
+from test_training import batches_of, fresh_model, recipe_with
 
 from synergen_ext.training.figures import gradient_norms, pace
 from synergen_ext.training.loop import run_stage
@@ -15,8 +16,10 @@ from synergen_ext.training.recipe import PARTS
 from synergen_ext.training.report import Reporter
 from synergen_ext.training.stages import part_of
 
+builder = test_training.builder  # its fixture
 
-def test_gradient_norms_are_the_parts_of_the_whole(builder):  # noqa: F811
+
+def test_gradient_norms_are_the_parts_of_the_whole(builder):
     model = fresh_model(builder)
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, 0.01 * (i + 1))
@@ -30,7 +33,7 @@ def test_gradient_norms_are_the_parts_of_the_whole(builder):  # noqa: F811
     assert gradient_norms(model) == {"gradient_norm_attention": norms["gradient_norm_attention"]}
 
 
-def test_pace_by_hand(builder):  # noqa: F811
+def test_pace_by_hand(builder):
     batches = batches_of(builder)
     tasks = [("paint", batches.paint(0, 3)), ("text", batches.text(0, 2))]
     got = pace(tasks, 2, 4.0, 1.5)
@@ -39,7 +42,7 @@ def test_pace_by_hand(builder):  # noqa: F811
     assert got["memory_bytes"] > 1e7
 
 
-def test_every_step_has_its_figures(builder, tmp_path):  # noqa: F811
+def test_every_step_has_its_figures(builder, tmp_path):
     rows = []
     recipe = recipe_with()
     run_stage(

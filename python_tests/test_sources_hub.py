@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_sources
 import yaml
-from test_sources import WANTED, assert_same, batches_of, builder, folder, steps_of, talk, write_rows  # noqa: F401
+from test_sources import WANTED, assert_same, batches_of, steps_of, write_rows
 
 from synergen_ext.training.sources.build import build_mixture, missing_paths
 from synergen_ext.training.sources.conversations import Captions, Conversations
@@ -15,11 +16,13 @@ from synergen_ext.training.sources.hub import Rows
 from synergen_ext.training.sources.recipe import SourceRecipe, SourcesRecipe
 from synergen_ext.training.sources.sample import BadSample
 
+builder, folder = test_sources.builder, test_sources.folder  # its fixtures
+
 CARDS = Path(__file__).resolve().parents[1] / "docs" / "datasets.yaml"
 
 
 @pytest.fixture(scope="module")
-def hub(folder, tmp_path_factory):  # noqa: F811
+def hub(folder, tmp_path_factory):
     """The captions and conversations of ``folder`` as parquet with pictures inside, and as JSON beside them."""
     datasets = pytest.importorskip("datasets", reason="needs the extra datasets")
     patch = pytest.MonkeyPatch()
@@ -42,7 +45,7 @@ def hub(folder, tmp_path_factory):  # noqa: F811
     patch.undo()
 
 
-def test_parquet_holds_what_our_captions_do(hub, folder):  # noqa: F811
+def test_parquet_holds_what_our_captions_do(hub, folder):
     ours = Captions(Lines(str(folder / "captions.jsonl")), str(folder / "pictures"), WANTED.size)
     theirs = Rows(str(hub / "captions-*.parquet"), "generate", "", WANTED.size)
     assert len(theirs) == len(ours) == 10
@@ -53,7 +56,7 @@ def test_parquet_holds_what_our_captions_do(hub, folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_json_holds_what_our_conversations_do(hub, folder, augment):  # noqa: F811
+def test_json_holds_what_our_conversations_do(hub, folder, augment):
     args = (str(folder / "pictures"), WANTED.size, augment)
     ours = Conversations(Lines(str(hub / "talks.jsonl")), *args)
     theirs = Rows(str(hub / "talks.jsonl"), "understand", *args)
@@ -64,7 +67,7 @@ def test_json_holds_what_our_conversations_do(hub, folder, augment):  # noqa: F8
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_resumed_batches_are_the_unbroken_ones(hub, folder, builder, tmp_path, workers):  # noqa: F811
+def test_resumed_batches_are_the_unbroken_ones(hub, folder, builder, tmp_path, workers):
     def open_batches(name, workers):
         generate = [dict(name="a", format="datasets", path=str(hub / "captions-*.parquet"))]
         root = str(folder / "pictures")
@@ -79,7 +82,7 @@ def test_resumed_batches_are_the_unbroken_ones(hub, folder, builder, tmp_path, w
     assert_same(unbroken, begun + steps_of(resumed, 3, 3))
 
 
-def test_bad_rows_say_so(hub, folder, tmp_path):  # noqa: F811
+def test_bad_rows_say_so(hub, folder, tmp_path):
     rows = [
         {"image": "../x.png", "caption": "a"}, {"image": "none.png", "caption": "a"}, {"image": "0.png", "caption": ""},
         {"image": None, "caption": "a"},

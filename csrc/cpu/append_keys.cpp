@@ -1,30 +1,9 @@
 // append_keys on the CPU.
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
+#include "cpu/rotate.h"
 #include "engine/params.h"
 
 namespace synergen::cpu::SYNERGEN_ISA {
-namespace {
-
-// y = the head x, turned; x may be y.
-void turn(const float* x, int64_t half, const float* cosines, const float* sines, float* y) {
-  using V = VecF;
-  int64_t i = 0;
-  for (; i + V::N <= half; i += V::N) {
-    const V a = V::load(x + i), b = V::load(x + half + i);
-    const V c = V::load(cosines + i), s = V::load(sines + i);
-    (a * c - b * s).store(y + i);
-    (b * c + a * s).store(y + half + i);
-  }
-  for (; i < half; ++i) {
-    const float a = x[i], b = x[half + i];
-    y[i] = a * cosines[i] - b * sines[i];
-    y[half + i] = b * cosines[i] + a * sines[i];
-  }
-}
-
-}  // namespace
-
 void append_keys(const AppendKeysParams& p) {
   const int64_t dim = p.head_dim, half = dim / 2, keys = p.kv_heads * dim;
   const int64_t step = p.heads * dim + 2 * keys;
@@ -34,8 +13,9 @@ void append_keys(const AppendKeysParams& p) {
       const float* k = q + p.heads * dim;
       const float *c = p.cosines + p.positions[r] * half, *s = p.sines + p.positions[r] * half;
       const int64_t at = p.sequences[r] * p.sequence_step + p.positions[r] * keys;
-      for (int64_t h = 0; h < p.heads; ++h) turn(q + h * dim, half, c, s, q + h * dim);
-      for (int64_t h = 0; h < p.kv_heads; ++h) turn(k + h * dim, half, c, s, p.keys + at + h * dim);
+      for (int64_t h = 0; h < p.heads; ++h) rotate_head(q + h * dim, half, c, s, q + h * dim);
+      for (int64_t h = 0; h < p.kv_heads; ++h)
+        rotate_head(k + h * dim, half, c, s, p.keys + at + h * dim);
       std::memcpy(p.values + at, k + keys, keys * sizeof(float));
     }
   });

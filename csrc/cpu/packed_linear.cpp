@@ -1,4 +1,4 @@
-// packed_linear and pack_matrix on the CPU. Rows of x are laid out for the multiplication first, in
+// packed_linear on the CPU. Rows of x are laid out for the multiplication first, in
 // blocks of up to 12; then threads share the pairs of panels, and each pair meets all blocks while
 // it is in the caches.
 #include "common/dispatch.h"
@@ -58,7 +58,8 @@ constexpr int64_t kChain = 128;
 
 constexpr int64_t kPair = 2 * kPanel;
 
-// Products below which one thread is faster than waking others.
+// Products below which one thread does all. A picture of the shipped model takes 12 ms so, 16 and
+// 17 with 4 and 16 times as many, 17 on one thread (Zen 5, 2 cores; its floats are in the caches).
 constexpr int64_t kAlone = 65536;
 // Weights that a thread takes at once: many lines of memory in a row, and still some shares of
 // every matrix for each thread (the smallest of the paper's, with 4 bits, are 2.4 MB).
@@ -82,6 +83,16 @@ struct Block {
   int32_t* start;
 };
 
+// The same line of P panels that lie `step` bytes apart.
+template <class W, int P>
+inline void load_lines(const char* data, int64_t step, W (&line)[P]) {
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    __builtin_prefetch(data + p * step + kAhead, 0, 2);
+    line[p] = W::load(data + p * step);
+  }
+}
+
 template <class W, int M, int P, class X>
 inline void multiply(const Matrix& w, int64_t panel, const Block<X>& block, float (*out)[kPair]) {
   constexpr int64_t kUnits = kChain / W::kColumns;
@@ -93,12 +104,7 @@ inline void multiply(const Matrix& w, int64_t panel, const Block<X>& block, floa
     Lanes sum[M][P];
     for (int64_t u = begin; u < end; ++u) {
       W line[P];
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        const char* from = data + (p * units + u) * kLine;
-        __builtin_prefetch(from + kAhead, 0, 2);
-        line[p] = W::load(from);
-      }
+      load_lines(data + u * kLine, units * kLine, line);
 #pragma GCC unroll 2
       for (int s = 0; s < W::kSteps; ++s) {
 #pragma GCC unroll 12
@@ -128,9 +134,7 @@ inline void multiply(const Matrix& w, int64_t panel, const Block<XUnit>& block,
   const bf16* scales = w.scales + panel * groups * kPanel;
   const XUnit* x = block.x;
   for (int64_t g = 0; g < groups; ++g) {
-    // Sums has no default: an array of them is filled below, before it is read.
-    alignas(Sums) char storage[sizeof(Sums) * M * P];
-    Sums(&sum)[M][P] = reinterpret_cast<Sums(&)[M][P]>(storage);
+    Sums sum[M][P];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
@@ -138,12 +142,7 @@ inline void multiply(const Matrix& w, int64_t panel, const Block<XUnit>& block,
     }
     for (int64_t u = g * of_group; u < (g + 1) * of_group; ++u) {
       W line[P];
-#pragma GCC unroll 2
-      for (int p = 0; p < P; ++p) {
-        const char* from = data + (p * units + u) * kLine;
-        __builtin_prefetch(from + kAhead, 0, 2);
-        line[p] = W::load(from);
-      }
+      load_lines(data + u * kLine, units * kLine, line);
 #pragma GCC unroll 2
       for (int s = 0; s < W::kSteps; ++s) {
 #pragma GCC unroll 12
@@ -212,20 +211,6 @@ void lay_out(const PackedLinearParams& p, const Block<XPair>& block) {
   }
 }
 #endif
-
-// To the nearest integer, ties to even, below 2^22.
-inline float nearest(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-
-// The largest magnitude; NaN where there is a NaN or an infinity.
-float largest(const float* x, int64_t n) {
-  VecF most, odd;
-  for (int64_t i = 0; i < n; i += VecF::N) {
-    const VecF v = n - i < VecF::N ? load_part<VecF>(x + i, n - i) : VecF::load(x + i);
-    most = max(most, max(v, VecF(0.f) - v));
-    odd = odd + v * VecF(0.f);
-  }
-  return most.max() + odd.sum();
-}
 
 // The integers of one group of a row, n numbers and then zeros, into units that lie `step` apart;
 // their sum.
@@ -365,48 +350,6 @@ void run(const PackedLinearParams& p) {
   });
 }
 
-// ---- packing ------------------------------------------------------------------------------------
-
-void pack_integers(const Matrix& to, int most, const float* row, int64_t r, char* data,
-                   bf16* scales) {
-  for (int64_t g = 0; g < to.groups(); ++g) {
-    const float* from = row + g * to.group;
-    bf16& scale = scales[g * kPanel + r];
-    from_float(largest(from, to.group) / static_cast<float>(most), scale);
-    if (to_float(scale) == 0) from_float(1.f, scale);  // zeros, or too small for any scale
-    const float unit = to_float(scale);
-    for (int64_t k = 0; k < to.group; ++k) {
-      float q = unit == unit ? nearest(from[k] / unit) : 0;  // NaN stays in the scale
-      q = q > static_cast<float>(most) ? static_cast<float>(most) : q;
-      q = q < static_cast<float>(-most) ? static_cast<float>(-most) : q;
-      const int value = static_cast<int>(q) + most + 1;
-      const int64_t column = g * to.group + k, of = engine::columns_of_unit(to.format);
-      char& byte = data[column / of * kLine + r * 4 + column % 4];
-      if (of == 4) {
-        byte = static_cast<char>(value);
-      } else {
-        byte = static_cast<char>(column % 8 < 4 ? value : static_cast<uint8_t>(byte) | value << 4);
-      }
-    }
-  }
-}
-
-// One row of floats of the whole depth into its place in a panel.
-void pack_row(const Matrix& to, const float* row, int64_t r, char* data, bf16* scales) {
-  const int64_t depth = to.depth();
-  if (to.format == Format::kFloat32) {
-    for (int64_t k = 0; k < depth; ++k) std::memcpy(data + k * kLine + r * 4, row + k, 4);
-  } else if (to.format == Format::kBFloat16) {
-    for (int64_t k = 0; k < depth; ++k) {
-      bf16 value;
-      from_float(row[k], value);
-      std::memcpy(data + k / 2 * kLine + r * 4 + k % 2 * 2, &value, 2);
-    }
-  } else {
-    pack_integers(to, to.format == Format::kInt8 ? 127 : 7, row, r, data, scales);
-  }
-}
-
 }  // namespace
 
 void packed_linear(const PackedLinearParams& p) {
@@ -423,27 +366,6 @@ void packed_linear(const PackedLinearParams& p) {
     case Format::kInt4:
       return run<NibbleLine>(p);
   }
-}
-
-void pack_matrix(const PackMatrixParams& p) {
-  const Matrix& to = p.to;
-  const int64_t depth = to.depth(), panel_bytes = to.units() * kLine;
-  parallel_for(to.panels(), 1, [&](int64_t begin, int64_t end) {
-    Scratch<float> row(depth);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      char* data = static_cast<char*>(p.data) + panel * panel_bytes;
-      for (int64_t r = 0; r < kPanel; ++r) {
-        const int64_t i = panel * kPanel + r;
-        for (int64_t k = i < to.rows ? to.columns : 0; k < depth; ++k) row[k] = 0;
-        if (i < to.rows) {
-          const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2;
-          const char* from = static_cast<const char*>(p.from) + i * p.strides[0] * size;
-          load_row(p.dtype, from, p.strides[1], to.columns, row.data());
-        }
-        pack_row(to, row.data(), r, data, p.scales + panel * to.groups() * kPanel);
-      }
-    }
-  });
 }
 
 }  // namespace synergen::cpu::SYNERGEN_ISA

@@ -144,6 +144,7 @@ inline void nibbles_of(const char* p, Quads& low, Quads& high) {
 }
 struct Sums {
   __m512i v;
+  Sums() = default;
   explicit Sums(int32_t start) : v(_mm512_set1_epi32(start)) {}
   void add(const Quads& w, XUnit x) {
     // As an intrinsic GCC 12 copies the sum before and after each product: 190 products a
@@ -178,6 +179,7 @@ inline void nibbles_of(const char* p, Quads& low, Quads& high) {
 }
 struct Sums {
   __m512i v[2];
+  Sums() = default;
   explicit Sums(int32_t start) {
     for (__m512i& each : v) each = _mm512_set1_epi64(static_cast<uint32_t>(start));
   }
@@ -217,6 +219,7 @@ inline void nibbles_of(const char* p, Quads& low, Quads& high) {
 }
 struct Sums {
   __m256i v[4];
+  Sums() = default;
   explicit Sums(int32_t start) {
     for (__m256i& each : v) each = _mm256_set1_epi64x(static_cast<uint32_t>(start));
   }
@@ -266,6 +269,7 @@ inline void nibbles_of(const char* p, Quads& low, Quads& high) {
 }
 struct Sums {
   int32_t v[engine::kPanel];
+  Sums() = default;
   explicit Sums(int32_t start) {
     for (int32_t& each : v) each = start;
   }
@@ -282,6 +286,20 @@ struct Sums {
 };
 
 #endif
+
+// To the nearest integer, ties to even, below 2^22.
+inline float nearest(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+
+// The largest magnitude; NaN where there is a NaN or an infinity.
+inline float largest(const float* x, int64_t n) {
+  VecF most, odd;
+  for (int64_t i = 0; i < n; i += VecF::N) {
+    const VecF v = n - i < VecF::N ? load_part<VecF>(x + i, n - i) : VecF::load(x + i);
+    most = max(most, max(v, VecF(0.f) - v));
+    odd = odd + v * VecF(0.f);
+  }
+  return most.max() + odd.sum();
+}
 
 struct ByteLine {
   static constexpr int kSteps = 1;

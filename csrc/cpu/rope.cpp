@@ -4,8 +4,8 @@
 
 #include "common/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/rotate.h"
 #include "cpu/scratch.h"
-#include "cpu/vec.h"
 #include "kernels.h"
 
 namespace synergen::cpu::SYNERGEN_ISA {
@@ -26,23 +26,11 @@ void fill_angles(const RopeParams& p, const double* frequency, int64_t position,
 template <class T, class A>
 void rotate(const RopeParams::Part& part, int64_t token, int64_t dim, const A* cosines,
             const A* sines, A* x) {
-  using V = VecOf<T>;
-  const int64_t half = dim / 2;
   const T* from = static_cast<const T*>(part.x) + part.rows.offset(token);
   for (int64_t head = 0; head < part.heads; ++head) {
     load_row(from + head * part.head_stride, part.stride, dim, x);
-    T* y = static_cast<T*>(part.y) + (token * part.heads + head) * dim;
-    int64_t i = 0;
-    for (; i + V::N <= half; i += V::N) {
-      const V a = V::load(x + i), b = V::load(x + half + i);
-      const V c = V::load(cosines + i), s = V::load(sines + i);
-      (a * c - b * s).store(y + i);
-      (b * c + a * s).store(y + half + i);
-    }
-    for (; i < half; ++i) {
-      from_float(x[i] * cosines[i] - x[half + i] * sines[i], y[i]);
-      from_float(x[half + i] * cosines[i] + x[i] * sines[i], y[half + i]);
-    }
+    rotate_head(x, dim / 2, cosines, sines,
+                static_cast<T*>(part.y) + (token * part.heads + head) * dim);
   }
 }
 

@@ -1,7 +1,6 @@
 #include "engine/engine.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -23,9 +22,18 @@ int64_t longest_of(const std::vector<Ids>& prompts) {
   return static_cast<int64_t>(most);
 }
 
-void check_room(const Sizes& s, int64_t length) {
-  if (length > s.max_positions) {
-    refuse("engine: prompt and new tokens must fit ", s.max_positions, " positions, got ", length);
+void check_room(const Sizes& s, int64_t prompt, int64_t more) {
+  if (prompt > s.max_positions || more > s.max_positions - prompt) {
+    refuse("engine: prompt and new tokens must fit ", s.max_positions, " positions, got ", prompt,
+           " and ", more);
+  }
+}
+
+void check_grid(const Sizes& s, int64_t rows, int64_t columns) {
+  if (rows < 1 || columns < 1 || rows % s.fold_rows || columns % s.fold_columns ||
+      rows > s.grid_rows || columns > s.grid_columns) {
+    refuse("engine: image tokens must be multiples of ", s.fold_rows, " x ", s.fold_columns,
+           " up to ", s.grid_rows, " x ", s.grid_columns, ", got ", rows, " x ", columns);
   }
 }
 
@@ -43,11 +51,7 @@ void check_prompts(const Sizes& s, const Prompts& prompts, const char* what) {
     }
   }
   if (p.count) {
-    if (p.rows < 1 || p.columns < 1 || p.rows % s.fold_rows || p.columns % s.fold_columns ||
-        p.rows > s.grid_rows || p.columns > s.grid_columns) {
-      refuse("engine: image tokens must be multiples of ", s.fold_rows, " x ", s.fold_columns,
-             " up to ", s.grid_rows, " x ", s.grid_columns, ", got ", p.rows, " x ", p.columns);
-    }
+    check_grid(s, p.rows, p.columns);
     for (int64_t i = 0; i < p.count * p.rows * p.columns; ++i) {
       if (p.ids[i] < 0 || p.ids[i] >= s.codebook) {
         refuse("engine: image ids must be in [0, ", s.codebook, "), got ", p.ids[i]);
@@ -118,7 +122,7 @@ std::vector<Ids> Engine::generate_text(const Prompts& prompts, int64_t max_new_t
   std::vector<Ids> out(prompts.ids.size());
   if (n == 0 || max_new_tokens < 1) return out;
   const int64_t longest = longest_of(prompts.ids);
-  check_room(s, longest + max_new_tokens);
+  check_room(s, longest, max_new_tokens);
   Session session(weights, n, longest + max_new_tokens, n);
   const std::vector<int64_t> all = count_up(n);
   Floats states(static_cast<size_t>(n * s.dim)), logits(static_cast<size_t>(n * s.vocab));
@@ -159,15 +163,11 @@ void Engine::paint(const std::vector<Ids>& prompts, const Ids& unconditional, co
   check_prompts(s, all, "prompts");
   check_seeds(prompts.size(), seeds);
   check_sampling(sampling);
-  if (rows < 1 || columns < 1 || rows % s.fold_rows || columns % s.fold_columns ||
-      rows > s.grid_rows || columns > s.grid_columns) {
-    refuse("engine: image tokens must be multiples of ", s.fold_rows, " x ", s.fold_columns,
-           " up to ", s.grid_rows, " x ", s.grid_columns, ", got ", rows, " x ", columns);
-  }
+  check_grid(s, rows, columns);
   if (n == 0) return;
   const int64_t patches = rows / s.fold_rows * (columns / s.fold_columns);
+  check_room(s, longest_of(all.ids), patches);
   const int64_t capacity = longest_of(all.ids) + patches;
-  check_room(s, capacity);
   const std::vector<int64_t> sequences = count_up(static_cast<int64_t>(all.ids.size()));
   Session session(weights, static_cast<int64_t>(all.ids.size()), capacity,
                   static_cast<int64_t>(all.ids.size()));
@@ -192,10 +192,13 @@ std::vector<Segment> Engine::generate_interleaved(const Prompts& prompt, const I
   const int64_t boi = s.vocab, eoi = s.vocab + 1, uncond = s.vocab + 2;
   const int64_t patches = s.grid_rows / s.fold_rows * (s.grid_columns / s.fold_columns);
   const int64_t length = static_cast<int64_t>(prompt.ids[0].size());
+  if (max_new_tokens < 1) return {};
+  check_room(s, length, max_new_tokens);
   // Each picture is followed by an <eoi> that is not counted.
-  const int64_t most = length + max_new_tokens + max_new_tokens / (patches + 1) + 1;
-  check_room(s, most);
-  const int64_t capacity = std::max(most, static_cast<int64_t>(unconditional.size()) + patches);
+  const int64_t more = max_new_tokens + max_new_tokens / (patches + 1) + 1;
+  check_room(s, length, more);
+  const int64_t capacity =
+      std::max(length + more, static_cast<int64_t>(unconditional.size()) + patches);
   Session session(weights, guided ? 2 : 1, capacity, 2);
   Floats state(static_cast<size_t>(s.dim)), both(static_cast<size_t>(2 * s.dim));
   Floats logits(static_cast<size_t>(s.vocab + s.specials));
@@ -246,7 +249,7 @@ std::vector<Segment> Engine::generate_interleaved(const Prompts& prompt, const I
 void Engine::states(const Prompts& prompt, float* out) {
   const Sizes& s = weights.sizes;
   check_prompts(s, prompt, "prompt");
-  check_room(s, longest_of(prompt.ids));
+  check_room(s, longest_of(prompt.ids), 0);
   const int64_t n = static_cast<int64_t>(prompt.ids.size());
   Session session(weights, n, longest_of(prompt.ids), 1);
   session.prefill(count_up(n), prompt, nullptr, out);
@@ -271,7 +274,7 @@ void Engine::head_logits(const float* states, const int64_t* ids, int64_t rows, 
     x.resize(static_cast<size_t>(n * s.dim));
     logits.resize(static_cast<size_t>(n * s.codebook));
     for (int64_t j = 0; j < window; ++j) {
-      session.head_input(states + begin * s.dim, ids + begin * window, n, n, j, window, x.data());
+      session.head_input(states + begin * s.dim, ids + begin * window, n, n, j, x.data());
       session.head_step(x.data(), n, j, logits.data());
       for (int64_t r = 0; r < n; ++r) {
         std::copy_n(logits.data() + r * s.codebook, s.codebook,

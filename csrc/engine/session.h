@@ -36,11 +36,14 @@ class Session {
   void unfold(const float* states, int64_t n, int64_t copies, const Ids& seeds, int64_t patch,
               double guidance, const Sampling& sampling, int64_t* ids);
 
-  // Logits of the head at step j, [rows, codebook], after ids that were given to head_step before.
-  void head_step(const float* x, int64_t rows, int64_t j, float* logits);
+  // Step j of the head: its input x [rows, dim] from the states [rows, dim] or from ids [n,
+  // window], of which row r takes those of r % n; and its logits [rows, codebook], after the steps
+  // before.
   void head_input(const float* states, const int64_t* ids, int64_t rows, int64_t n, int64_t j,
-                  int64_t ids_step, float* x) const;
+                  float* x) const;
+  void head_step(const float* x, int64_t rows, int64_t j, float* logits);
 
+  // As PackedLinearParams says, with memory of this session's.
   void linear(const Matrix& weight, const float* bias, int64_t rows, const float* x, int64_t x_step,
               float* out, int64_t out_step, Epilogue epilogue = Epilogue::kStore,
               const int64_t* x_index = nullptr, const int64_t* out_index = nullptr);
@@ -48,6 +51,7 @@ class Session {
   // Logits [rows, vocab + specials].
   void text_logits(const float* states, int64_t rows, float* out);
 
+  // ids [rows] from logits [rows, vocab], one draw of each row's seed; throws NotFinite.
   void draw(const float* logits, const float* uncond, int64_t rows, int64_t vocab, const Ids& seeds,
             int64_t position, double guidance, const Sampling& sampling, int64_t* ids) const;
 

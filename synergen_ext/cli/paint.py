@@ -116,7 +116,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Paint a picture from words.
 
-    The PNG carries its prompt, seed and guidance as text, so that it can be painted again.
+    The PNG carries its prompt, seed, guidance and format of weights as text, so that it can be painted again.
     """
     prompt = check_text("prompt", prompt)
     check_seed(seed, count)
@@ -131,7 +131,7 @@ def generate(
         paths = []
         for number, picture in enumerate(pictures, seed + first):
             path = output if count == 1 else output.with_stem(f"{output.stem}-{number}")
-            save_picture(picture, path, prompt, number, used, scale)
+            save_picture(picture, path, prompt, number, used, scale, weights.value)
             paths.append(path)
         return paths
 
@@ -146,8 +146,9 @@ def generate(
 
 
 def save_picture(
-    picture: Image.Image, path: Path, prompt: str, seed: int, guidance: float, scale: int | None = None
-) -> None:
+    picture: Image.Image, path: Path, prompt: str, seed: int, guidance: float, scale: int | None = None,
+    weights: str = "float32",
+) -> None:  # fmt: skip
     """Write a PNG, enlarged ``scale`` times, that says what it was painted from."""
     from PIL import Image, PngImagePlugin
 
@@ -161,5 +162,6 @@ def save_picture(
     info.add_itxt("prompt", prompt)
     info.add_text("seed", str(seed))
     info.add_text("guidance", repr(guidance))
+    info.add_text("weights", weights)
     info.add_text("Software", f"synergen_ext {__version__}")
     picture.save(path, format="PNG", pnginfo=info)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import ops
 from .._build import load
 from ..convert.writer import write_safetensors
 from ..model import SynerGenConfig, SynerGenVL
-from ..model.modeling import WEIGHTS_FILE
 from ..weights import check_names
 from . import packing
 from .oracle import Sampling
@@ -40,7 +41,8 @@ class Engine:
     Calls may come from several threads; each has a cache of its own. `OMP_NUM_THREADS` and
     `torch.set_num_threads` say how many cores a call takes.
 
-    >>> engine = Engine.from_pretrained(shipped_checkpoint(), Formats("int8"))
+    >>> engine = Engine.from_pretrained(folder, "int8")
+    >>> ids = engine.generate_image_ids([prompt], unconditional, seeds=[7])  # [1, h, w]
     """
 
     def __init__(self, config: SynerGenConfig, formats: Formats) -> None:
@@ -73,18 +75,9 @@ class Engine:
             FileNotFoundError: no config or no weights.
             ValueError: a file does not fit, by the name of the weight.
         """
-        folder, formats = Path(folder), _formats(formats)
-        config = SynerGenConfig.load(folder)
-        path = folder / WEIGHTS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"engine: no {WEIGHTS_FILE} in {folder}")
-        try:
-            with torch.device("meta"):
-                wanted = SynerGenVL(config).state_dict()
-        except RuntimeError as e:  # a size past 2^63 bytes
-            raise ValueError(f"engine: the config in {folder} cannot be built: {e}") from e
-        if config.tie_word_embeddings:
-            del wanted["output.weight"]
+        formats = _formats(formats)
+        model, path, wanted = SynerGenVL.on_meta(folder, "engine")
+        config = model.config
         check_names(path, wanted, "engine")
         with safe_open(str(path), "pt") as f:
             if packed is None:
@@ -227,6 +220,18 @@ class Engine:
     def head_logits(self, states: Tensor, ids: Tensor) -> Tensor:
         """States ``[N, D]`` and true ids ``[N, m*n]`` -> logits ``[N, m*n, V]``."""
         return torch.from_numpy(self._native.head_logits(states.float().contiguous(), ids.contiguous()))
+
+    def image_nats(self, prompt: Sequence[int], image_ids: Tensor) -> float:
+        """What a picture costs after a prompt: ``-log p`` of all its ids ``[h, w]`` (eq. 3), in nats.
+
+        Args:
+            prompt: ids up to and including ``<boi>``.
+        """
+        c = self.config
+        windows = ops.fold_ids(image_ids[None], *c.fold)[0]  # [P, m*n]
+        states = self.states([*prompt, *[c.image_id] * len(windows)], image_ids[None])[len(prompt) - 1 : -1]
+        logits = self.head_logits(states, windows)
+        return float(F.cross_entropy(logits.flatten(0, 1), windows.flatten(), reduction="sum"))
 
 
 def cancelled() -> type[Exception]:

@@ -232,6 +232,30 @@ class SynerGenVL(nn.Module):
         save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
     @classmethod
+    def on_meta(cls, folder: str | Path, what: str) -> tuple[SynerGenVL, Path, dict[str, Tensor]]:
+        """The model of a checkpoint folder without memory, its weight file, and the weights that file must hold.
+
+        Args:
+            what: who asks, for messages.
+
+        Raises:
+            FileNotFoundError: no config or no weights.
+            ValueError: a config that no model can have.
+        """
+        config, path = SynerGenConfig.load(folder), Path(folder, WEIGHTS_FILE)
+        if not path.is_file():
+            raise FileNotFoundError(f"{what}: no {WEIGHTS_FILE} in {folder}")
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except RuntimeError as e:  # a size past 2^63 bytes
+            raise ValueError(f"{what}: the config in {folder} cannot be built: {e}") from e
+        wanted = model.state_dict()
+        if config.tie_word_embeddings:
+            del wanted["output.weight"]
+        return model, path, wanted
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> SynerGenVL:
         """Load what ``save_pretrained`` wrote, in the stored dtype or in ``dtype``.
 
@@ -239,19 +263,8 @@ class SynerGenVL(nn.Module):
             FileNotFoundError: no config or no weights.
             ValueError: broken file, missing or surplus weights, or wrong shapes, by name.
         """
-        folder = Path(folder)
-        config = SynerGenConfig.load(folder)
-        path = folder / WEIGHTS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"model: no {WEIGHTS_FILE} in {folder}")
-        try:
-            with torch.device("meta"):
-                model = cls(config)
-        except RuntimeError as e:  # a size past 2^63 bytes
-            raise ValueError(f"model: the config in {folder} cannot be built: {e}") from e
-        wanted = model.state_dict()
-        if config.tie_word_embeddings:
-            del wanted["output.weight"]
+        model, path, wanted = cls.on_meta(folder, "model")
+        config = model.config
         state = read_weights(path, wanted, "model")
         if dtype is not None:
             state = {k: v.to(dtype) for k, v in state.items()}
